@@ -1,0 +1,265 @@
+"""Endpoints and fleets: what can serve a call, how fast, and how much it can hold."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from planner.domain.check import closed_mapping, integer, items, mapping, number, text
+from planner.domain.errors import FleetError, InvalidInput
+from planner.domain.files import data_dir, read_text, read_yaml
+from planner.domain.ids import EndpointId
+from planner.domain.latency import LatencyRow
+
+__all__ = ["FLEET_SCHEMA", "Endpoint", "Fleet", "latency_rows", "load_fleet"]
+
+FLEET_SCHEMA = "almanac.fleet/1"
+
+_COEFFICIENTS = {
+    "a": "prefill_base_ms",
+    "b": "prefill_us_per_token",
+    "c": "prefill_ns_per_token_sq",
+    "d": "decode_base_ms",
+    "e": "decode_us_per_call",
+    "f": "decode_ns_per_kv_token",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One address that serves one model.
+
+    Parameters
+    ----------
+    id
+        Unique within the fleet.
+    model
+        Name in the ``model`` field of requests.
+    gpu, tp, dtype
+        What it runs on: GPU type, tensor parallel size (>= 1), number format.
+    latency
+        Latency coefficients.
+    kv_blocks
+        KV cache size in blocks of ``block_tokens`` tokens, >= 1.
+    max_num_seqs
+        Slots: calls that may run at the same time, >= 1.
+    max_num_batched_tokens
+        Token budget of one engine step, >= 1.
+    max_model_len
+        Longest prompt plus output, tokens.
+    url
+        Base address, without ``/v1``; None for a fleet that exists only on paper.
+    usd_per_hour
+        Price, or None if unknown.
+    """
+
+    id: EndpointId
+    model: str
+    gpu: str
+    latency: LatencyRow
+    kv_blocks: int
+    max_num_seqs: int
+    tp: int = 1
+    dtype: str = "bf16"
+    block_tokens: int = 16
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 131072
+    url: str | None = None
+    usd_per_hour: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV cache size in tokens."""
+        return self.kv_blocks * self.block_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """All endpoints, in the order of the file; positions in it are the endpoint indices.
+
+    Raises
+    ------
+    FleetError
+        If there is no endpoint, an id repeats or two endpoints share an address.
+    """
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    _index: dict[EndpointId, int] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.endpoints:
+            raise FleetError("no endpoint", where="workers", remedy="list at least one")
+        index: dict[EndpointId, int] = {}
+        seen: dict[tuple[str | None, int | None], str] = {}
+        for position, endpoint in enumerate(self.endpoints):
+            if endpoint.id in index:
+                raise FleetError(
+                    f"id {endpoint.id!r} is used twice",
+                    where=f"workers[{position}].id",
+                    remedy="give each worker its own id",
+                )
+            index[endpoint.id] = position
+            if endpoint.url is not None:
+                parts = urlsplit(endpoint.url)
+                address = (parts.hostname, parts.port)
+                if address in seen:
+                    raise FleetError(
+                        f"{endpoint.url!r} is already the address of {seen[address]!r}",
+                        where=f"workers[{position}].url",
+                        remedy="give each worker its own port",
+                    )
+                seen[address] = endpoint.id
+        object.__setattr__(self, "_index", index)
+
+    def index_of(self, endpoint_id: EndpointId) -> int:
+        """Return the position of an endpoint.
+
+        Raises
+        ------
+        FleetError
+            If the fleet has no such endpoint.
+        """
+        try:
+            return self._index[endpoint_id]
+        except KeyError:
+            raise FleetError(
+                f"no endpoint {endpoint_id!r}",
+                where=f"fleet {self.name!r}",
+                remedy=f"known: {', '.join(self._index)}",
+            ) from None
+
+    def content_hash(self) -> str:
+        """Return 16 hex digits that change when anything that matters to plans changes."""
+        rows = []
+        for endpoint in self.endpoints:
+            row = asdict(endpoint)
+            del row["url"], row["labels"]
+            rows.append(row)
+        payload = json.dumps(rows, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(payload.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def latency_rows() -> Mapping[str, LatencyRow]:
+    """Return the bundled latency rows by key, from ``data/latency_rows.csv``."""
+    path = data_dir() / "latency_rows.csv"
+    rows: dict[str, LatencyRow] = {}
+    for record in csv.DictReader(read_text(path, what="latency table").splitlines()):
+        rows[record["key"]] = LatencyRow(
+            **{name: float(record[short]) for short, name in _COEFFICIENTS.items()}
+        )
+    return rows
+
+
+def _latency(value: Any, where: str) -> LatencyRow:
+    if isinstance(value, str):
+        try:
+            return latency_rows()[value]
+        except KeyError:
+            raise FleetError(
+                f"no latency row {value!r}",
+                where=where,
+                remedy=f"known rows: {', '.join(latency_rows())}; or write a to f inline",
+            ) from None
+    raw = closed_mapping(value, where, {*_COEFFICIENTS, "scale"}, FleetError)
+    missing = [short for short in _COEFFICIENTS if short not in raw]
+    if missing:
+        raise FleetError(
+            f"coefficients {', '.join(missing)} are missing", where=where, remedy="give a to f"
+        )
+    values = {
+        name: number(raw[short], f"{where}.{short}", least=0, kind=FleetError)
+        for short, name in _COEFFICIENTS.items()
+    }
+    scale = number(raw.get("scale", 1.0), f"{where}.scale", least=1e-6, kind=FleetError)
+    try:
+        return LatencyRow(**values, scale=scale)
+    except InvalidInput as error:
+        raise FleetError(error.what, where=f"{where}.{error.where}", remedy=error.remedy) from error
+
+
+_WORKER_FIELDS = {
+    "id", "url", "model", "gpu", "tp", "dtype", "latency", "scale", "kv_blocks", "slots",
+    "max_num_batched_tokens", "max_model_len", "usd_per_hour", "labels",
+}  # fmt: skip
+
+
+def _endpoint(value: Any, where: str) -> Endpoint:
+    raw = closed_mapping(value, where, _WORKER_FIELDS, FleetError)
+    for name in ("id", "model", "gpu", "latency", "kv_blocks", "slots"):
+        if name not in raw:
+            raise FleetError(f"field {name!r} is missing", where=where, remedy="add it")
+    url = raw.get("url")
+    if url is not None:
+        parts = urlsplit(text(url, f"{where}.url", FleetError))
+        try:
+            port_ok = parts.port is not None
+        except ValueError:
+            port_ok = False
+        if parts.scheme not in ("http", "https") or not parts.hostname or not port_ok:
+            raise FleetError(
+                f"{url!r} is not an address", where=f"{where}.url", remedy="use http://host:port"
+            )
+    latency = _latency(raw["latency"], f"{where}.latency")
+    scale = number(raw.get("scale", 1.0), f"{where}.scale", least=1e-6, kind=FleetError)
+    usd = raw.get("usd_per_hour")
+    labels = mapping(raw.get("labels", {}), f"{where}.labels", FleetError)
+
+    def whole(name: str, default: int) -> int:
+        return integer(raw.get(name, default), f"{where}.{name}", least=1, kind=FleetError)
+
+    return Endpoint(
+        id=EndpointId(text(raw["id"], f"{where}.id", FleetError)),
+        model=text(raw["model"], f"{where}.model", FleetError),
+        gpu=text(raw["gpu"], f"{where}.gpu", FleetError),
+        tp=whole("tp", 1),
+        dtype=text(raw.get("dtype", "bf16"), f"{where}.dtype", FleetError),
+        latency=latency.scaled(scale),
+        kv_blocks=whole("kv_blocks", 0),
+        max_num_seqs=whole("slots", 0),
+        max_num_batched_tokens=whole("max_num_batched_tokens", 2048),
+        max_model_len=whole("max_model_len", 131072),
+        url=url.rstrip("/") if url else None,
+        usd_per_hour=None
+        if usd is None
+        else number(usd, f"{where}.usd_per_hour", least=0, kind=FleetError),
+        labels=tuple(sorted((key, str(label)) for key, label in labels.items())),
+    )
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read a fleet file (YAML, schema ``almanac.fleet/1``).
+
+    Raises
+    ------
+    FleetError, InvalidInput
+        Naming file, field, value and remedy.
+    """
+    document = read_yaml(path, what="fleet file")
+    try:
+        raw = closed_mapping(document, "", {"schema", "name", "workers"}, FleetError)
+        if raw.get("schema") != FLEET_SCHEMA:
+            raise FleetError(
+                f"{raw.get('schema')!r} is not a schema this version reads",
+                where="schema",
+                remedy=f"write schema: {FLEET_SCHEMA}",
+            )
+        workers = items(raw.get("workers"), "workers", FleetError)
+        return Fleet(
+            name=text(raw.get("name", path.stem), "name", FleetError),
+            endpoints=tuple(
+                _endpoint(worker, f"workers[{position}]") for position, worker in enumerate(workers)
+            ),
+        )
+    except InvalidInput as error:
+        where = f"{path}: {error.where}" if error.where else str(path)
+        raise FleetError(error.what, where=where, remedy=error.remedy) from error

@@ -1,0 +1,218 @@
+"""The trace format: what happened, one JSON object a line, never any prompt text.
+
+The first line is a header ``{"schema": "almanac.trace/1", ...}``; each further line is one record
+with a ``type``. Times are seconds on one clock that starts at 0 with the trace. The runtime and
+the simulator write it, the estimators train on it, replay reads it.
+
+======== =========================================================================
+type     fields
+======== =========================================================================
+run      run_id, workflow, workflow_hash, session_id, tenant, arrival_s, finish_s,
+         status (ok, failed, cancelled), predicted_s, calls
+call     see `CallRecord`
+tool     run_id, workflow_hash, node, start_s, finish_s, status
+branch   run_id, workflow_hash, branch, outcome, visit, time_s
+======== =========================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from planner.domain.errors import TraceFormatError
+from planner.domain.files import atomic_write, read_jsonl
+
+__all__ = [
+    "TRACE_SCHEMA",
+    "BranchRecord",
+    "CallRecord",
+    "RunRecord",
+    "ToolRecord",
+    "TraceRecord",
+    "load_trace",
+    "record_from_json",
+    "record_to_json",
+    "save_trace",
+]
+
+TRACE_SCHEMA = "almanac.trace/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run. ``predicted_s`` is the run latency forecast at arrival, or None."""
+
+    run_id: str
+    workflow: str
+    workflow_hash: str
+    arrival_s: float
+    finish_s: float
+    status: str = "ok"
+    session_id: str | None = None
+    tenant: str = "default"
+    predicted_s: float | None = None
+    calls: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """One attempt of a call.
+
+    Parameters
+    ----------
+    ready_s, sent_s, first_token_s, finish_s
+        When it became ready, was sent to an endpoint, gave its first token, ended. The last two
+        are None if they never came.
+    cached_tokens
+        Prompt tokens found in the endpoint's cache, or None if not reported.
+    predicted_finish_s
+        The policy's forecast at dispatch, on the same clock, or None.
+    predicted_output_tokens
+        The length forecast (mean) used at dispatch, or None.
+    in_flight
+        Calls in flight on the endpoint when this one was sent, itself excluded.
+    reason
+        Decision label: ``policy``, ``plan``, ``prefix``, ``fallback`` and so on.
+    decision_us
+        Time the decision took, microseconds.
+    """
+
+    run_id: str
+    call_id: str
+    workflow_hash: str
+    node: str
+    site: str
+    ready_s: float
+    sent_s: float
+    endpoint: str
+    prompt_tokens: int
+    output_tokens: int
+    first_token_s: float | None = None
+    finish_s: float | None = None
+    cached_tokens: int | None = None
+    max_tokens: int | None = None
+    visit: int = 0
+    attempt: int = 0
+    status: str = "ok"
+    policy: str = ""
+    reason: str = ""
+    table_version: str = ""
+    predicted_finish_s: float | None = None
+    predicted_output_tokens: float | None = None
+    in_flight: int = 0
+    decision_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRecord:
+    """One tool or code node execution."""
+
+    run_id: str
+    workflow_hash: str
+    node: str
+    start_s: float
+    finish_s: float
+    status: str = "ok"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchRecord:
+    """One outcome taken; ``visit`` counts earlier choices of the same branch in the run."""
+
+    run_id: str
+    workflow_hash: str
+    branch: str
+    outcome: str
+    time_s: float
+    visit: int = 0
+
+
+TraceRecord = RunRecord | CallRecord | ToolRecord | BranchRecord
+
+_TYPES: dict[str, type[RunRecord] | type[CallRecord] | type[ToolRecord] | type[BranchRecord]] = {
+    "run": RunRecord,
+    "call": CallRecord,
+    "tool": ToolRecord,
+    "branch": BranchRecord,
+}
+_NAMES = {kind: name for name, kind in _TYPES.items()}
+
+
+def record_to_json(record: TraceRecord) -> dict[str, Any]:
+    """Return the JSON form of a record, its ``type`` first."""
+    return {"type": _NAMES[type(record)], **asdict(record)}
+
+
+def record_from_json(raw: Any, where: str) -> TraceRecord:
+    """Rebuild a record; fields this version does not know are ignored.
+
+    Raises
+    ------
+    TraceFormatError
+        If the type is unknown, a field is missing or a time is not a number.
+    """
+    kind = _TYPES.get(raw.get("type", "")) if isinstance(raw, dict) else None
+    if kind is None:
+        raise TraceFormatError(
+            f"record type {raw.get('type')!r}" if isinstance(raw, dict) else "not an object",
+            where=where,
+            remedy=f"use one of {', '.join(_TYPES)}",
+        )
+    known = {one.name for one in fields(kind)}
+    values = {name: value for name, value in raw.items() if name in known}
+    for name, value in values.items():
+        numeric = name.endswith(("_s", "_tokens", "_us"))
+        if numeric and not (value is None or isinstance(value, (int, float))):
+            raise TraceFormatError(
+                f"{value!r:.40} is not a number", where=f"{where}: {name}", remedy="correct it"
+            )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        missing = [one for one in known if one in str(error)]
+        raise TraceFormatError(
+            f"field {', '.join(sorted(missing)) or error} is missing",
+            where=where,
+            remedy=f"a {raw['type']} record needs it",
+        ) from error
+
+
+def load_trace(path: Path) -> list[TraceRecord]:
+    """Read a trace file.
+
+    Raises
+    ------
+    InvalidInput, TraceFormatError
+        If the file, its header or a row cannot be read.
+    """
+    records: list[TraceRecord] = []
+    header_seen = False
+    for number, raw in read_jsonl(path, what="trace"):
+        where = f"{path}:{number}"
+        if not header_seen:
+            if not isinstance(raw, dict) or raw.get("schema") != TRACE_SCHEMA:
+                raise TraceFormatError(
+                    "the first line is not a trace header",
+                    where=where,
+                    remedy=f'begin with {{"schema": "{TRACE_SCHEMA}"}}',
+                )
+            header_seen = True
+            continue
+        records.append(record_from_json(raw, where))
+    if not header_seen:
+        raise TraceFormatError(
+            "the file is empty", where=str(path), remedy="give a trace with a header line"
+        )
+    return records
+
+
+def save_trace(records: Iterable[TraceRecord], path: Path, **header: Any) -> None:
+    """Write a trace file, atomically; ``header`` adds facts to its first line."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        out.write(json.dumps({"schema": TRACE_SCHEMA, **header}) + "\n")
+        for record in records:
+            out.write(json.dumps(record_to_json(record), separators=(",", ":")) + "\n")
