@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
-from planner.domain.check import closed_mapping, integer, items, mapping, number, text
+from planner.domain.check import closed_mapping, integer, items, mapping, number, one_of, text
 from planner.domain.errors import FleetError, InvalidInput
 from planner.domain.files import data_dir, read_text, read_yaml
 from planner.domain.ids import EndpointId
@@ -54,6 +54,8 @@ class Endpoint:
         Token budget of one engine step, >= 1.
     max_model_len
         Longest prompt plus output, tokens.
+    scheduling
+        Queue order inside the engine: ``fcfs``, or ``priority`` (smaller first).
     url
         Base address, without ``/v1``; None for a fleet that exists only on paper.
     usd_per_hour
@@ -71,6 +73,7 @@ class Endpoint:
     block_tokens: int = 16
     max_num_batched_tokens: int = 2048
     max_model_len: int = 131072
+    scheduling: Literal["fcfs", "priority"] = "fcfs"
     url: str | None = None
     usd_per_hour: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
@@ -189,7 +192,7 @@ def _latency(value: Any, where: str) -> LatencyRow:
 
 _WORKER_FIELDS = {
     "id", "url", "model", "gpu", "tp", "dtype", "latency", "scale", "kv_blocks", "slots",
-    "max_num_batched_tokens", "max_model_len", "usd_per_hour", "labels",
+    "max_num_batched_tokens", "max_model_len", "scheduling", "usd_per_hour", "labels",
 }  # fmt: skip
 
 
@@ -212,6 +215,9 @@ def _endpoint(value: Any, where: str) -> Endpoint:
     latency = _latency(raw["latency"], f"{where}.latency")
     scale = number(raw.get("scale", 1.0), f"{where}.scale", least=1e-6, kind=FleetError)
     usd = raw.get("usd_per_hour")
+    scheduling = one_of(
+        raw.get("scheduling", "fcfs"), f"{where}.scheduling", ("fcfs", "priority"), FleetError
+    )
     labels = mapping(raw.get("labels", {}), f"{where}.labels", FleetError)
 
     def whole(name: str, default: int) -> int:
@@ -228,6 +234,7 @@ def _endpoint(value: Any, where: str) -> Endpoint:
         max_num_seqs=whole("slots", 0),
         max_num_batched_tokens=whole("max_num_batched_tokens", 2048),
         max_model_len=whole("max_model_len", 131072),
+        scheduling=cast("Literal['fcfs', 'priority']", scheduling),
         url=url.rstrip("/") if url else None,
         usd_per_hour=None
         if usd is None

@@ -1,0 +1,202 @@
+"""What the router is told (events) and what it answers (commands).
+
+Events carry only what has been revealed: a `Call` holds its prompt's size and fingerprint, never
+its output length, its run's future branches or tool times. Times are seconds on the caller's
+clock; the router reads no clock of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "Call",
+    "CallArrived",
+    "CallCancelled",
+    "CallFailed",
+    "CallFinished",
+    "Command",
+    "EndpointDown",
+    "EndpointUp",
+    "Event",
+    "FirstToken",
+    "Hold",
+    "RunEnded",
+    "RunStarted",
+    "Send",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call that is ready, as far as it is known before it runs.
+
+    Parameters
+    ----------
+    call_id
+        Unique per attempt.
+    run_id, workflow_hash, node, site
+        Identity; empty strings when the client gave none.
+    prompt_tokens
+        Prompt length (an estimate in the gateway, exact in simulation), >= 0.
+    prefix
+        Fingerprint chain of the prompt: equal leading items mean equal leading text.
+    prefix_tokens
+        Tokens per item of ``prefix``, > 0.
+    run_arrival_s, ready_s
+        Arrival of the run, and of this call.
+    visit
+        Earlier entries of the run into this node.
+    max_tokens
+        Declared limit on the output, or None.
+    """
+
+    call_id: str
+    run_id: str = ""
+    workflow_hash: str = ""
+    node: str = ""
+    site: str = ""
+    prompt_tokens: int = 0
+    prefix: tuple[int, ...] = ()
+    prefix_tokens: float = 16.0
+    run_arrival_s: float = 0.0
+    ready_s: float = 0.0
+    visit: int = 0
+    max_tokens: int | None = None
+    session_id: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """A run of a workflow began."""
+
+    run_id: str
+    workflow_hash: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """A run is over; nothing more of it will come."""
+
+    run_id: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallArrived:
+    """A call is ready to be sent; ``exclude`` names endpoints it has already failed on."""
+
+    call: Call
+    now_s: float
+    exclude: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """The first token of a call came back."""
+
+    call_id: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFinished:
+    """A call ended well; the token counts are the engine's, None where it did not say."""
+
+    call_id: str
+    now_s: float
+    output_tokens: int
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFailed:
+    """The endpoint failed the call."""
+
+    call_id: str
+    now_s: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallCancelled:
+    """The client went away."""
+
+    call_id: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointDown:
+    """An endpoint (by index) takes no more calls."""
+
+    endpoint: int
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointUp:
+    """An endpoint takes calls again; ``cold`` says its cache is empty."""
+
+    endpoint: int
+    now_s: float
+    cold: bool = True
+
+
+Event = (
+    RunStarted
+    | RunEnded
+    | CallArrived
+    | FirstToken
+    | CallFinished
+    | CallFailed
+    | CallCancelled
+    | EndpointDown
+    | EndpointUp
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Send the call now.
+
+    Parameters
+    ----------
+    endpoint
+        Index in the fleet.
+    priority
+        For engines with the priority policy: smaller is served first (vLLM's polarity).
+    reason
+        Decision label for people and metrics.
+    predicted_finish_s
+        When the policy expects the call to finish there, on the caller's clock.
+    predicted_output_tokens
+        Length forecast used (mean).
+    cached_tokens
+        Prompt tokens expected in the endpoint's cache.
+    in_flight
+        Calls in flight there before this one.
+    """
+
+    call_id: str
+    endpoint: int
+    priority: int
+    reason: str
+    predicted_finish_s: float
+    predicted_output_tokens: float
+    cached_tokens: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """Keep the call: no endpoint can take it now. It is sent when one comes up."""
+
+    call_id: str
+    reason: str
+
+
+Command = Send | Hold
