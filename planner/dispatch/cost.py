@@ -68,9 +68,7 @@ def call_cost(
     kv_s = scale * row.decode_ns_per_kv_token * 1e-9
     context_each = state.context_tokens / n if n else 0.0
     own_context = prompt_tokens + output / 2
-    step_s = row.decode_step_s(
-        min(n + 1, slots), min(n, slots - 1) * context_each + own_context
-    )
+    step_s = row.decode_step_s(min(n + 1, slots), min(n, slots - 1) * context_each + own_context)
     prefill_s = row.prefill_marginal_s(uncached, cached)
     queue_s = row.prefill_marginal_s(state.prefill_tokens) if state.prefill_tokens > 0 else 0.0
 

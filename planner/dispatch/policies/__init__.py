@@ -1,0 +1,89 @@
+"""Policies by name; one interface for the simulator, the gateway and replay."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from planner.dispatch.policies.base import Choice, Policy
+from planner.dispatch.policies.classic import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
+from planner.dispatch.policies.finish import LeastExpectedFinish, MarginalCost
+from planner.dispatch.policies.planned import Planned
+from planner.dispatch.policies.prefix import PrefixAffinity
+from planner.domain.errors import InvalidInput
+
+__all__ = ["POLICIES", "Choice", "Policy", "make_policy", "parse_policy"]
+
+POLICIES: Mapping[str, Callable[..., Policy]] = {
+    kind.name: kind
+    for kind in (
+        RoundRobin,
+        RandomChoice,
+        LeastLoad,
+        PowerOfTwo,
+        PrefixAffinity,
+        LeastExpectedFinish,
+        MarginalCost,
+        Planned,
+    )
+}
+
+
+def make_policy(name: str, *, seed: int = 0, **parameters: Any) -> Policy:
+    """Return a fresh policy.
+
+    Parameters
+    ----------
+    name
+        One of `POLICIES`.
+    seed
+        For policies that draw at random; the others ignore it.
+    parameters
+        Passed on; see the classes.
+
+    Raises
+    ------
+    InvalidInput
+        If the name or a parameter is unknown.
+    """
+    try:
+        kind = POLICIES[name]
+    except KeyError:
+        raise InvalidInput(
+            f"{name!r} is unknown", where="policy", remedy=f"use one of {', '.join(POLICIES)}"
+        ) from None
+    known = inspect.signature(kind).parameters
+    for key in parameters:
+        if key not in known:
+            raise InvalidInput(
+                f"policy {name!r} has no parameter {key!r}",
+                where="policy",
+                remedy=f"known: {', '.join(known) or 'none'}",
+            )
+    if "seed" in known:
+        parameters["seed"] = seed
+    return kind(**parameters)
+
+
+def parse_policy(text: str) -> tuple[str, dict[str, float]]:
+    """Split ``name`` or ``name:key=value,key=value`` into name and numeric parameters.
+
+    Raises
+    ------
+    InvalidInput
+        If a parameter is not ``key=number`` or the name is unknown.
+    """
+    name, _, rest = text.partition(":")
+    parameters: dict[str, float] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        try:
+            parameters[key] = float(value)
+        except ValueError:
+            raise InvalidInput(
+                f"{part!r} is not key=number", where=f"policy {name!r}", remedy="correct it"
+            ) from None
+    if name not in POLICIES:
+        make_policy(name)
+    return name, parameters

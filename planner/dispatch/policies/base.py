@@ -1,0 +1,101 @@
+"""The one question a policy answers: which endpoint, at what priority."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from planner.dispatch.cost import Cost, call_cost
+from planner.dispatch.events import Call
+from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.view import EndpointState, FleetView
+
+__all__ = ["Choice", "Policy", "Ready", "age_priority", "cost_of", "costs_of", "least"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A policy's answer.
+
+    Parameters
+    ----------
+    endpoint
+        Index in the fleet.
+    reason
+        Decision label.
+    priority
+        Engine priority, smaller first; 0 keeps arrival order.
+    cost
+        The forecast for the chosen endpoint if the policy made one, else None.
+    """
+
+    endpoint: int
+    reason: str
+    priority: int = 0
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A ready call with all that may be looked at to place it.
+
+    Parameters
+    ----------
+    call
+        What is revealed of the call.
+    candidates
+        Endpoints that can take it, in fleet order; never empty.
+    fleet
+        All endpoints, also those that are down or excluded.
+    forecaster
+        Forecasts by call site.
+    now_s
+        The caller's clock.
+    """
+
+    call: Call
+    candidates: Sequence[EndpointState]
+    fleet: FleetView
+    forecaster: Forecaster
+    now_s: float
+
+
+class Policy(Protocol):
+    """Chooses among candidate endpoints.
+
+    A policy may keep state of its own decisions (a counter, a random stream), never anything
+    that has not been revealed.
+    """
+
+    name: str
+
+    def choose(self, ready: Ready) -> Choice:
+        """Return the choice for a ready call."""
+        ...
+
+
+def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) -> Cost:
+    """Return the predicted cost of a call on an endpoint."""
+    return call_cost(call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s)
+
+
+def costs_of(ready: Ready) -> list[Cost]:
+    """Return the predicted cost of a ready call on each candidate, in their order."""
+    forecast = ready.forecaster.of(ready.call)
+    return [cost_of(ready.call, forecast, state, ready.now_s) for state in ready.candidates]
+
+
+def least(scores: Sequence[float]) -> int:
+    """Return the position of the smallest score; the first one wins ties."""
+    best, position = math.inf, 0
+    for index, score in enumerate(scores):
+        if score < best:
+            best, position = score, index
+    return position
+
+
+def age_priority(call: Call) -> int:
+    """Return the engine priority that serves older runs first: the run's arrival in ms."""
+    return int(call.run_arrival_s * 1000.0)

@@ -1,0 +1,65 @@
+"""Almanac's own policy: the planned table combined with the live counters."""
+
+from __future__ import annotations
+
+from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
+from planner.dispatch.policies.finish import LeastExpectedFinish
+from planner.dispatch.table import DispatchTable
+
+__all__ = ["Planned"]
+
+
+class Planned:
+    """Least of own cost, imposed cost, opportunity price and distance from the plan.
+
+    For call c on endpoint i, with the row of c's site at the present load,
+
+        crit(c)^gamma own_i + theta imposed_i + price_i service_i + pull_i
+
+    own, imposed and service come from the live counters, price and pull from the table. Where the
+    table has no row (unknown workflow or site, load out of range, no table) the call goes by
+    least expected finish, and the reason says so.
+
+    Parameters
+    ----------
+    table
+        The dispatch table, or None until one is loaded. Assign `table` to swap it: decisions are
+        synchronous, so a swap falls between two of them.
+    """
+
+    name = "almanac"
+
+    def __init__(self, *, table: DispatchTable | None = None) -> None:
+        self.table = table
+        self._fallback = LeastExpectedFinish()
+
+    def choose(self, ready: Ready) -> Choice:
+        """Return the candidate with the least planned cost."""
+        table = self.table
+        call, candidates = ready.call, ready.candidates
+        row = None
+        if table is not None:
+            slots = sum(state.endpoint.max_num_seqs for state in candidates)
+            occupancy = sum(state.in_flight for state in candidates) / slots
+            row = table.find(call.workflow_hash, call.site, occupancy)
+        if table is None or row is None:
+            choice = self._fallback.choose(ready)
+            return Choice(choice.endpoint, "fallback", age_priority(call), choice.cost)
+        weight = ready.forecaster.of(call).criticality ** table.tuning.criticality_exponent
+        theta = table.tuning.theta
+        costs = costs_of(ready)
+        position = least(
+            [
+                weight * cost.own_s
+                + theta * cost.imposed_s
+                + row.price[state.index] * cost.service_s
+                + row.pull_s[state.index]
+                for cost, state in zip(costs, candidates, strict=True)
+            ]
+        )
+        return Choice(
+            candidates[position].index,
+            "plan",
+            priority=age_priority(call) if row.row.priority == "age" else 0,
+            cost=costs[position],
+        )

@@ -1,0 +1,212 @@
+"""The router: events in, commands out, no clock and no I/O of its own.
+
+House rules
+-----------
+* A call moves along HELD -> SENT -> STREAMING and leaves with finished, failed or cancelled. The
+  table below is complete: an event that a call's state does not list raises `IllegalEvent` and
+  changes nothing.
+* Each transition is synchronous and complete. The same events give the same commands, so a live
+  run's log replayed here repeats its decisions.
+* Whatever a call was counted for is given back on every way out.
+* Held calls are sent oldest run first when an endpoint comes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from planner.dispatch.events import (
+    Call,
+    CallArrived,
+    CallCancelled,
+    CallFailed,
+    CallFinished,
+    Command,
+    EndpointDown,
+    EndpointUp,
+    Event,
+    FirstToken,
+    Hold,
+    RunEnded,
+    RunStarted,
+    Send,
+)
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.policies.base import Policy, Ready, cost_of
+from planner.dispatch.view import EndpointState, FleetView, Resident
+from planner.domain.errors import IllegalEvent
+from planner.domain.fleet import Fleet
+
+__all__ = ["TRANSITIONS", "CallState", "Router"]
+
+
+class CallState(Enum):
+    """Where a call is."""
+
+    HELD = "held"
+    SENT = "sent"
+    STREAMING = "streaming"
+
+
+TRANSITIONS: Mapping[tuple[CallState, type], CallState | None] = {
+    (CallState.HELD, CallCancelled): None,
+    (CallState.SENT, FirstToken): CallState.STREAMING,
+    (CallState.SENT, CallFinished): None,
+    (CallState.SENT, CallFailed): None,
+    (CallState.SENT, CallCancelled): None,
+    (CallState.STREAMING, CallFinished): None,
+    (CallState.STREAMING, CallFailed): None,
+    (CallState.STREAMING, CallCancelled): None,
+}
+"""(state, event) -> next state; None means the call is gone."""
+
+
+class Router:
+    """Applies a policy to events.
+
+    Parameters
+    ----------
+    fleet
+        The endpoints; indices in commands are positions in it.
+    policy
+        Chooses among healthy candidates.
+    forecaster
+        Forecasts for the policy. Its latency coefficients override those of the fleet file.
+    """
+
+    def __init__(self, fleet: Fleet, policy: Policy, forecaster: Forecaster) -> None:
+        self.fleet = fleet
+        self.policy = policy
+        self.forecaster = forecaster
+        learned = forecaster.estimates.endpoints
+        self.view = FleetView(
+            [
+                EndpointState(index, endpoint, learned.get(endpoint.id, endpoint.latency))
+                for index, endpoint in enumerate(fleet.endpoints)
+            ]
+        )
+        self._states: dict[str, CallState] = {}
+        self._calls: dict[str, Call] = {}
+        self._where: dict[str, EndpointState] = {}
+        self._held: dict[str, CallArrived] = {}
+        self._runs: dict[str, int] = {}
+
+    def handle(self, event: Event) -> list[Command]:
+        """Apply one event and return the commands it causes, in order.
+
+        Raises
+        ------
+        IllegalEvent
+            If the call is unknown or its state does not allow the event.
+        """
+        match event:
+            case CallArrived():
+                if event.call.call_id in self._states:
+                    raise IllegalEvent(
+                        f"call {event.call.call_id!r} arrived twice; give each attempt its own id"
+                    )
+                return [self._place(event)]
+            case FirstToken() | CallFinished() | CallFailed() | CallCancelled():
+                self._advance(event)
+                return []
+            case RunStarted():
+                self._runs[event.run_id] = self._runs.get(event.run_id, 0)
+                return []
+            case RunEnded():
+                self._runs.pop(event.run_id, None)
+                return []
+            case EndpointDown():
+                self.view.states[event.endpoint].healthy = False
+                return []
+            case EndpointUp():
+                state = self.view.states[event.endpoint]
+                state.healthy = True
+                if event.cold:
+                    state.prefix.clear()
+                return self._release(event.now_s)
+
+    def _place(self, event: CallArrived) -> Command:
+        call = event.call
+        candidates = self.view.candidates(call.model, event.exclude)
+        if not candidates:
+            self._states[call.call_id] = CallState.HELD
+            self._held[call.call_id] = event
+            return Hold(call_id=call.call_id, reason="no_endpoint")
+        choice = self.policy.choose(
+            Ready(call, candidates, self.view, self.forecaster, event.now_s)
+        )
+        state = self.view.states[choice.endpoint]
+        forecast = self.forecaster.of(call)
+        cost = choice.cost or cost_of(call, forecast, state, event.now_s)
+        command = Send(
+            call_id=call.call_id,
+            endpoint=choice.endpoint,
+            priority=choice.priority,
+            reason=choice.reason,
+            predicted_finish_s=event.now_s + cost.own_s,
+            predicted_output_tokens=forecast.output_tokens,
+            cached_tokens=cost.cached_tokens,
+            in_flight=state.in_flight,
+        )
+        state.add(
+            Resident(
+                call_id=call.call_id,
+                run_id=call.run_id,
+                prompt_tokens=call.prompt_tokens,
+                uncached_tokens=float(call.prompt_tokens - cost.cached_tokens),
+                output_tokens=forecast.output_tokens,
+                criticality=forecast.criticality,
+                sent_s=event.now_s,
+            )
+        )
+        state.prefix.record(call.prefix, call.prefix_tokens)
+        self._states[call.call_id] = CallState.SENT
+        self._calls[call.call_id] = call
+        self._where[call.call_id] = state
+        return command
+
+    def _advance(self, event: FirstToken | CallFinished | CallFailed | CallCancelled) -> None:
+        call_id = event.call_id
+        state = self._states.get(call_id)
+        if state is None or (state, type(event)) not in TRANSITIONS:
+            found = "unknown" if state is None else state.value
+            raise IllegalEvent(f"{type(event).__name__} for call {call_id!r}, which is {found}")
+        after = TRANSITIONS[state, type(event)]
+        if after is not None:
+            self._states[call_id] = after
+            self._where[call_id].first_token(call_id, event.now_s)
+            return
+        del self._states[call_id]
+        self._held.pop(call_id, None)
+        self._calls.pop(call_id, None)
+        where = self._where.pop(call_id, None)
+        if where is not None:
+            where.remove(call_id)
+
+    def _release(self, now_s: float) -> list[Command]:
+        waiting = sorted(
+            self._held.values(), key=lambda held: (held.call.run_arrival_s, held.call.call_id)
+        )
+        commands: list[Command] = []
+        for held in waiting:
+            if not self.view.candidates(held.call.model, held.exclude):
+                continue
+            del self._held[held.call.call_id], self._states[held.call.call_id]
+            commands.append(
+                self._place(CallArrived(call=held.call, now_s=now_s, exclude=held.exclude))
+            )
+        return commands
+
+    @property
+    def in_flight(self) -> int:
+        """Calls sent and unfinished."""
+        return len(self._where)
+
+    @property
+    def held(self) -> int:
+        """Calls waiting in the router."""
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        return f"<Router {self.policy.name} in_flight={self.in_flight} held={self.held}>"

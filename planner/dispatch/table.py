@@ -1,0 +1,386 @@
+"""The dispatch table: a plan in the form that answers at run time.
+
+A row is keyed by (workflow hash, call site, load bucket) and says, for people and for the router:
+ranked endpoints with their cost in seconds, the share of the site's traffic each is meant to take,
+the opportunity price of a slot second there, the priority class, whether a session's KV is worth
+keeping, the range of load in which the row holds, and why.
+
+Load is the fleet's occupancy: calls in flight per slot. Buckets are given by their upper bounds.
+The table is immutable, content-hashed, and saved as JSON that people can read and diff.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planner.domain.errors import InvalidInput
+from planner.domain.estimates import EstimateTable
+from planner.domain.files import atomic_write, read_json
+from planner.domain.fleet import Endpoint, Fleet
+from planner.domain.plan import Plan
+from planner.domain.workflow import Workflow
+
+__all__ = [
+    "TABLE_SCHEMA",
+    "DispatchTable",
+    "LoadLevel",
+    "Ranked",
+    "Row",
+    "Tuning",
+    "compile_table",
+    "load_table",
+    "merge_tables",
+    "save_table",
+]
+
+TABLE_SCHEMA = "almanac.table/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Weights of the live score, set by simulation with common random numbers.
+
+    Parameters
+    ----------
+    theta
+        Weight of the delay imposed on others, >= 0.
+    price_scale
+        Multiplier of the opportunity prices, >= 0; 0 leaves the live marginal cost alone.
+    plan_pull
+        Cost, in units of the call's least service time, of an endpoint the plan gives no share.
+    criticality_exponent
+        Exponent of the call's own criticality, >= 0; 0 treats all calls alike.
+    """
+
+    theta: float = 1.0
+    price_scale: float = 1.0
+    plan_pull: float = 0.0
+    criticality_exponent: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """One endpoint in a row.
+
+    Parameters
+    ----------
+    cost_s
+        Seconds of service at the planned load level, waiting not included.
+    share
+        Planned share of the site's traffic, [0, 1]; a row's shares sum to one.
+    price
+        Expected seconds of run latency that a slot second there costs other runs, >= 0.
+    """
+
+    endpoint: str
+    cost_s: float
+    share: float
+    price: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What to do with the calls of one site in one load bucket.
+
+    ``valid_from`` and ``valid_to`` bound the occupancy (calls in flight per slot); ``priority``
+    is ``age`` (older runs first) or ``arrival`` (the engine's own order).
+    """
+
+    workflow_hash: str
+    site: str
+    bucket: int
+    valid_from: float
+    valid_to: float
+    ranked: tuple[Ranked, ...]
+    priority: str = "age"
+    retain_kv: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadLevel:
+    """A plan and its prices, good up to ``occupancy`` calls in flight per slot."""
+
+    occupancy: float
+    plan: Plan
+    prices: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchTable:
+    """All rows, with the index the router reads.
+
+    Parameters
+    ----------
+    fleet_hash, endpoints
+        The fleet it was compiled for, and its endpoint ids in order.
+    bounds
+        Upper occupancy bounds of the buckets, increasing.
+    """
+
+    fleet_hash: str
+    endpoints: tuple[str, ...]
+    bounds: tuple[float, ...]
+    rows: tuple[Row, ...]
+    tuning: Tuning = field(default_factory=Tuning)
+    _index: dict[tuple[str, str], tuple[_Compiled, ...]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not self.bounds or any(
+            a >= b for a, b in zip(self.bounds, self.bounds[1:], strict=False)
+        ):
+            raise InvalidInput(
+                f"bucket bounds {self.bounds}", where="table", remedy="give increasing bounds"
+            )
+        grouped: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            if {one.endpoint for one in row.ranked} != set(self.endpoints):
+                raise InvalidInput(
+                    f"row ranks {[one.endpoint for one in row.ranked]}",
+                    where=f"table row {row.site}/{row.bucket}",
+                    remedy="rank each endpoint of the table once",
+                )
+            grouped.setdefault((row.workflow_hash, row.site), []).append(row)
+        index: dict[tuple[str, str], tuple[_Compiled, ...]] = {}
+        for key, rows in grouped.items():
+            rows.sort(key=lambda row: row.bucket)
+            if [row.bucket for row in rows] != list(range(len(self.bounds))):
+                raise InvalidInput(
+                    f"buckets {[row.bucket for row in rows]}",
+                    where=f"table rows of {key[1]}",
+                    remedy=f"give each bucket from 0 to {len(self.bounds) - 1} once",
+                )
+            index[key] = tuple(self._compile(row) for row in rows)
+        object.__setattr__(self, "_index", index)
+
+    def _compile(self, row: Row) -> _Compiled:
+        by_id = {one.endpoint: one for one in row.ranked}
+        most = max(one.share for one in row.ranked) or 1.0
+        least_s = min(one.cost_s for one in row.ranked)
+        return _Compiled(
+            row=row,
+            price=tuple(self.tuning.price_scale * by_id[e].price for e in self.endpoints),
+            pull_s=tuple(
+                self.tuning.plan_pull * least_s * (1.0 - by_id[e].share / most)
+                for e in self.endpoints
+            ),
+        )
+
+    def find(self, workflow_hash: str, site: str, occupancy: float) -> _Compiled | None:
+        """Return the row of a call at an occupancy, or None if the table does not cover it."""
+        rows = self._index.get((workflow_hash, site))
+        if rows is None:
+            return None
+        bucket = bisect.bisect_left(self.bounds, occupancy)
+        return rows[bucket] if bucket < len(rows) else None
+
+    @property
+    def version(self) -> str:
+        """12 hex digits of the content."""
+        payload = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(payload.encode()).hexdigest()[:12]
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "fleet_hash": self.fleet_hash,
+            "endpoints": list(self.endpoints),
+            "bounds": list(self.bounds),
+            "tuning": asdict(self.tuning),
+            "rows": [
+                asdict(row)
+                for row in sorted(self.rows, key=lambda r: (r.workflow_hash, r.site, r.bucket))
+            ],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, schema and version included."""
+        return {"schema": TABLE_SCHEMA, "version": self.version, **self._body()}
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str = "table") -> DispatchTable:
+        """Rebuild a table, or raise `InvalidInput`."""
+        if not isinstance(raw, dict) or raw.get("schema") != TABLE_SCHEMA:
+            raise InvalidInput(
+                "not a dispatch table", where=where, remedy="give a file made by `almanac plan`"
+            )
+        try:
+            table = cls(
+                fleet_hash=str(raw["fleet_hash"]),
+                endpoints=tuple(raw["endpoints"]),
+                bounds=tuple(float(bound) for bound in raw["bounds"]),
+                tuning=Tuning(**raw["tuning"]),
+                rows=tuple(
+                    Row(**{**row, "ranked": tuple(Ranked(**one) for one in row["ranked"])})
+                    for row in raw["rows"]
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidInput):
+                raise InvalidInput(
+                    error.what, where=f"{where}: {error.where}", remedy=error.remedy
+                ) from error
+            raise InvalidInput(
+                f"a field is missing or unknown ({error})",
+                where=where,
+                remedy="make it again with `almanac plan`",
+            ) from error
+        if raw.get("version") != table.version:
+            raise InvalidInput(
+                f"version {raw.get('version')!r} is not that of the content ({table.version})",
+                where=f"{where}: version",
+                remedy="the file was edited by hand: make it again with `almanac plan`",
+            )
+        return table
+
+    def check_fleet(self, fleet: Fleet) -> None:
+        """Raise `InvalidInput` unless the table was compiled for this fleet."""
+        if self.fleet_hash != fleet.content_hash():
+            raise InvalidInput(
+                f"the table was compiled for another fleet ({self.fleet_hash}, with endpoints "
+                f"{', '.join(self.endpoints)}) than {fleet.name!r} ({fleet.content_hash()})",
+                where="table",
+                remedy="run `almanac plan` for this fleet",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compiled:
+    """A row as the router reads it: arrays in fleet order."""
+
+    row: Row
+    price: tuple[float, ...]
+    pull_s: tuple[float, ...]
+
+
+def _service_s(endpoint: Endpoint, level: int, prompt: float, output: float) -> float:
+    step = endpoint.latency.decode_step_s(level, level * (prompt + output / 2))
+    return endpoint.latency.prefill_s(prompt) + output * step
+
+
+def compile_table(
+    levels: Sequence[LoadLevel],
+    workflow: Workflow,
+    fleet: Fleet,
+    estimates: EstimateTable,
+    *,
+    tuning: Tuning | None = None,
+) -> DispatchTable:
+    """Return the table of one workflow from plans at increasing load.
+
+    Parameters
+    ----------
+    levels
+        By increasing occupancy; beyond the last the router falls back to least expected finish,
+        so the last bound is usually ``math.inf``.
+
+    Raises
+    ------
+    InvalidInput
+        If there is no level, the bounds do not increase, or a plan is for another workflow or
+        fleet.
+    """
+    if not levels:
+        raise InvalidInput("no plan", where="levels", remedy="give at least one")
+    ids = tuple(endpoint.id for endpoint in fleet.endpoints)
+    rows: list[Row] = []
+    lower = 0.0
+    for bucket, level in enumerate(levels):
+        plan = level.plan
+        if (plan.workflow_hash, plan.fleet_hash) != (workflow.content_hash, fleet.content_hash()):
+            raise InvalidInput(
+                f"the plan of bucket {bucket} was made for workflow {plan.workflow_hash} on fleet "
+                f"{plan.fleet_hash}",
+                where="levels",
+                remedy="plan for this workflow and fleet",
+            )
+        for site, shares in sorted(plan.shares().items()):
+            estimate = estimates.site(workflow.content_hash, site)
+            prompt = max(0.0, estimate.prompt_tokens.mean - estimate.shared_prefix_tokens)
+            ranked = [
+                Ranked(
+                    endpoint=endpoint.id,
+                    cost_s=round(
+                        _service_s(
+                            endpoint,
+                            plan.levels.get(endpoint.id, 1),
+                            prompt,
+                            estimate.output_tokens.mean,
+                        ),
+                        4,
+                    ),
+                    share=round(shares.get(endpoint.id, 0.0), 4),
+                    price=round(level.prices.get(endpoint.id, 0.0), 5),
+                )
+                for endpoint in fleet.endpoints
+            ]
+            ranked.sort(key=lambda one: (-one.share, one.cost_s * (1 + one.price), one.endpoint))
+            rows.append(
+                Row(
+                    workflow_hash=workflow.content_hash,
+                    site=site,
+                    bucket=bucket,
+                    valid_from=lower,
+                    valid_to=level.occupancy,
+                    ranked=tuple(ranked),
+                    reason=(
+                        f"planned for {plan.arrival_rate_rps:.3g} runs/s, gap {plan.gap:.1%}; "
+                        f"{ranked[0].endpoint} takes {ranked[0].share:.0%}"
+                    ),
+                )
+            )
+        lower = level.occupancy
+    return DispatchTable(
+        fleet_hash=fleet.content_hash(),
+        endpoints=ids,
+        bounds=tuple(level.occupancy for level in levels),
+        rows=tuple(rows),
+        tuning=tuning or Tuning(),
+    )
+
+
+def merge_tables(tables: Sequence[DispatchTable]) -> DispatchTable:
+    """Return one table with the rows of several, for one fleet, one set of buckets and weights.
+
+    Raises
+    ------
+    InvalidInput
+        If they differ in fleet, buckets or tuning, or share a workflow.
+    """
+    first, *rest = tables
+    for other in rest:
+        if (other.fleet_hash, other.bounds, other.tuning) != (
+            first.fleet_hash,
+            first.bounds,
+            first.tuning,
+        ):
+            raise InvalidInput(
+                "tables of different fleets, buckets or weights",
+                where="merge",
+                remedy="compile them together",
+            )
+    return DispatchTable(
+        fleet_hash=first.fleet_hash,
+        endpoints=first.endpoints,
+        bounds=first.bounds,
+        rows=tuple(row for table in tables for row in table.rows),
+        tuning=first.tuning,
+    )
+
+
+def load_table(path: Path) -> DispatchTable:
+    """Read a table file."""
+    return DispatchTable.from_json(read_json(path, what="dispatch table"), where=str(path))
+
+
+def save_table(table: DispatchTable, path: Path) -> None:
+    """Write a table as JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(table.to_json(), indent=1) + "\n", encoding="utf-8")
