@@ -6,6 +6,24 @@ run's calls are placed together (which is what prefix reuse inside a run needs).
 
 ``levels`` says at which load level each endpoint is planned to work: the number of calls that run
 there side by side, which fixes its speed.
+
+Planned service time
+--------------------
+The solver and the checker compute it separately from this definition. Over all calls of the
+scenarios let ``p`` be the mean of ``prefill_marginal_s(uncached, cached)`` on the endpoint, ``o``
+the mean output length, and ``c`` the mean of ``prompt + output / 2`` weighted by output length
+(the context of a call that is found decoding). At level ``l`` a call takes
+
+    prefill_s(uncached, cached) + output * (decode_step_s(l, l * c) + (l - 1) * p / o)
+
+seconds: its own prefill, its decode steps beside ``l`` calls of typical context, and the prefills
+of the others, of which ``(l - 1) / o`` arrive per step. ``cached`` is the longest known start of
+the prompt, at most all but one token: the static prefix of the site, or the prompt and answer of
+an earlier call of the same site in the same run (same site, same class, hence same endpoint).
+
+Capacity: with runs arriving at rate ``r``, the expected seconds of service per second of time on
+an endpoint are at most ``UTILISATION_CAP * l``. What the cap leaves free is the allowance for
+waiting, which the service time does not contain.
 """
 
 from __future__ import annotations
@@ -19,9 +37,21 @@ from typing import Any
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 
-__all__ = ["PLAN_SCHEMA", "Assignment", "Plan", "load_plan", "save_plan"]
+__all__ = [
+    "PLAN_SCHEMA",
+    "PLAN_TICK_S",
+    "UTILISATION_CAP",
+    "Assignment",
+    "Plan",
+    "load_plan",
+    "save_plan",
+]
 
 PLAN_SCHEMA = "almanac.plan/1"
+PLAN_TICK_S = 0.01
+"""Time resolution of plans, seconds; every duration is rounded up to it."""
+UTILISATION_CAP = 0.8
+"""Largest share of the slots of a load level that a plan may fill on average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
