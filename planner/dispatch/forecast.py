@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from planner.dispatch.events import Call
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
+from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import criticality
 from planner.graph.sampling import scenarios
@@ -19,6 +20,17 @@ __all__ = ["Forecast", "Forecaster"]
 
 _SCENARIOS = 64
 """Sampled runs behind a criticality: a standard error of at most 0.06."""
+_OUTPUT_TOKEN_S = 0.02
+_PROMPT_TOKEN_S = 0.0001
+"""Seconds per token that compare calls with tools when the critical path is looked for: an
+endpoint of middling speed. Which chain is the longest depends little on them."""
+
+
+def _durations(run: RunSpec) -> list[float]:
+    return [
+        task.delay_s + task.prompt_tokens * _PROMPT_TOKEN_S + task.output_tokens * _OUTPUT_TOKEN_S
+        for task in run.tasks
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +80,7 @@ class Forecaster:
         key = workflow.content_hash
         estimate = self.estimates.workflows.get(key, WorkflowEstimate())
         runs = scenarios(workflow, estimate, _SCENARIOS, seed=seed)
-        for site, value in criticality(runs).items():
+        for site, value in criticality(runs, _durations).items():
             self._critical[(key, site)] = value
             self._cache.pop((key, site), None)
 
