@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -192,10 +193,10 @@ class DispatchTable:
         return {
             "fleet_hash": self.fleet_hash,
             "endpoints": list(self.endpoints),
-            "bounds": list(self.bounds),
+            "bounds": [_to_json(bound) for bound in self.bounds],
             "tuning": asdict(self.tuning),
             "rows": [
-                asdict(row)
+                {**asdict(row), "valid_to": _to_json(row.valid_to)}
                 for row in sorted(self.rows, key=lambda r: (r.workflow_hash, r.site, r.bucket))
             ],
         }
@@ -215,10 +216,16 @@ class DispatchTable:
             table = cls(
                 fleet_hash=str(raw["fleet_hash"]),
                 endpoints=tuple(raw["endpoints"]),
-                bounds=tuple(float(bound) for bound in raw["bounds"]),
+                bounds=tuple(_from_json(bound) for bound in raw["bounds"]),
                 tuning=Tuning(**raw["tuning"]),
                 rows=tuple(
-                    Row(**{**row, "ranked": tuple(Ranked(**one) for one in row["ranked"])})
+                    Row(
+                        **{
+                            **row,
+                            "valid_to": _from_json(row["valid_to"]),
+                            "ranked": tuple(Ranked(**one) for one in row["ranked"]),
+                        }
+                    )
                     for row in raw["rows"]
                 ),
             )
@@ -258,6 +265,15 @@ class _Compiled:
     row: Row
     price: tuple[float, ...]
     pull_s: tuple[float, ...]
+
+
+def _to_json(bound: float) -> float | None:
+    """JSON has no infinity: an open bound is null."""
+    return None if math.isinf(bound) else bound
+
+
+def _from_json(bound: float | None) -> float:
+    return math.inf if bound is None else float(bound)
 
 
 def _service_s(endpoint: Endpoint, level: int, prompt: float, output: float) -> float:

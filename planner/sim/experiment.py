@@ -122,7 +122,7 @@ tuned policy gets 12 or 13 evaluations."""
 def tune(
     setup: PolicySetup,
     score: Callable[[Sequence[PolicySetup]], Sequence[float]],
-    progress: Callable[[str], Any] = lambda text: None,
+    progress: Callable[[str], Any] | None = None,
 ) -> PolicySetup:
     """Return the setup with its parameters tuned one after the other.
 
@@ -143,7 +143,8 @@ def tune(
         fresh = values if math.isinf(best_score) else values[1:]
         candidates = [best.with_parameters({name: value}) for value in fresh]
         for candidate, value, result in zip(candidates, fresh, score(candidates), strict=True):
-            progress(f"{setup.policy}: {name}={value:g} -> {result:.3f} s")
+            if progress:
+                progress(f"{setup.policy}: {name}={value:g} -> {result:.3f} s")
             if result < best_score - 1e-9:
                 best, best_score = candidate, result
     return best
