@@ -1,0 +1,79 @@
+"""The results table as aligned text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from planner.metrics import Spread
+from planner.report.comparison import COLUMNS, COMPARED, Column, Comparison, compare
+from planner.report.results import Results
+
+__all__ = ["align", "comparison_text", "results_table", "value_text"]
+
+_COMPARED_NAMES = {"mean_s": "mean", "p95_s": "P95"}
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as lines, the first column flush left and the others flush right.
+
+    The first row is the heading; a rule is drawn under it.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def value_text(value: Spread | None, column: Column, *, seeds: int) -> str:
+    """Return ``mean ± standard deviation`` of a metric over its seeds, or ``-`` if unknown."""
+    if value is None:
+        return "-"
+    shown = f"{value.mean * column.scale:.{column.digits}f}"
+    return f"{shown} ± {value.sd * column.scale:.{column.digits}f}" if seeds > 1 else shown
+
+
+def comparison_text(comparison: Comparison | None) -> str:
+    """Return ``-12.3 % [-14.0, -10.1] win``; ``best`` is left to the caller."""
+    if comparison is None:
+        return "-"
+    mean, low, high = comparison.difference
+    if not math.isfinite(low):
+        return f"{mean:+.1%} one seed"
+    return f"{mean:+.1%} [{low:+.1%}, {high:+.1%}] {comparison.verdict}"
+
+
+def results_table(results: Results) -> str:
+    """Return the table of some results for a terminal, with what its columns mean below it."""
+    table = compare(results)
+    names = [_COMPARED_NAMES[metric] for metric in COMPARED]
+    head = ["policy", *(column.heading for column in COLUMNS)]
+    head += [f"{name} vs best baseline" for name in names]
+    lines = [head]
+    for row in table.rows:
+        cells = [row.label]
+        for value, column in zip(row.values, COLUMNS, strict=True):
+            cells.append(value_text(value, column, seeds=row.seeds))
+        for comparison, best in zip(row.comparisons, table.best, strict=True):
+            cells.append("best baseline" if row.label == best else comparison_text(comparison))
+        lines.append(cells)
+    seeds = max(row.seeds for row in table.rows)
+    runs = max(row.runs for row in table.rows)
+    notes = [
+        f"{results.mode}; run latency in seconds, {runs} runs per policy over "
+        f"{seeds} seed{'s' if seeds > 1 else ''}"
+        + ("; ± is the standard deviation over seeds" if seeds > 1 else "")
+    ]
+    failed = [f"{row.label} {row.failed_runs}" for row in table.rows if row.failed_runs]
+    if failed:
+        notes.append(f"failed runs: {', '.join(failed)}")
+    if any(table.best):
+        notes.append(
+            "vs best baseline: mean relative difference of paired seeds with its 95 % bootstrap "
+            "interval; less is better"
+        )
+    return "\n".join([results.title, align(lines), *notes])
