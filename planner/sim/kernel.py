@@ -222,11 +222,11 @@ class _Simulation:
 
     def engine_event(self, event: object) -> None:
         if isinstance(event, EngineFirstToken):
-            flight = self.flights[event.request_id]
+            flight = self.flights[event.request.request_id]
             flight.first_token_s = event.time_s
-            self.router.handle(FirstToken(call_id=event.request_id, now_s=event.time_s))
+            self.router.handle(FirstToken(call_id=event.request.request_id, now_s=event.time_s))
         elif isinstance(event, Finished):
-            self.finish(self.flights.pop(event.request_id), event.time_s)
+            self.finish(self.flights.pop(event.request.request_id), event.time_s)
 
     def finish(self, flight: _Flight, now_s: float) -> None:
         task, call, send = flight.task, flight.call, flight.send
