@@ -1,0 +1,1 @@
+"""Fleet plans by CP-SAT: instance, model, heuristic, bounds, prices; OR-Tools only here."""

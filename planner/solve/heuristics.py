@@ -1,0 +1,195 @@
+"""A complete plan without CP-SAT: greedy construction and steepest descent.
+
+It is the solver's hint, and the plan that is used when the budget ends before CP-SAT has one.
+
+For given placements the least level with enough room is best at every endpoint (a lower level is
+faster), so levels follow from the placements and only these are searched. Moves: one call site of
+one class to another endpoint; two call sites (of any classes) exchange endpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.solve.instance import Instance, Ints
+from planner.solve.timing import Timing
+
+__all__ = ["Solution", "greedy_solution", "least_levels"]
+
+_BATCH = 256
+"""Candidate plans evaluated at once: enough to amortise numpy, small enough for the cache."""
+
+
+_Move = tuple[tuple[int, int, int], ...]
+"""Changes (class, site, new endpoint) that make one candidate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Placements (R, K), level positions (I,) and the summed run latency in ticks.
+
+    Classes are in order of falling latency, which is what the model's symmetry breaking asks.
+    """
+
+    placements: Ints
+    levels: Ints
+    objective_ticks: int
+
+
+def least_levels(loads: Ints, room: Ints) -> Ints:
+    """Return the least level position with enough room, -1 where there is none.
+
+    Parameters
+    ----------
+    loads, room
+        Load in units and room in units by endpoint and level; shapes (..., I, L) and (I, L).
+
+    Returns
+    -------
+    Shape (..., I).
+    """
+    fits = (loads <= room) & (room >= 0)
+    return np.where(fits.any(axis=-1), fits.argmax(axis=-1), -1)
+
+
+def greedy_solution(instance: Instance, timing: Timing, *, passes: int = 200) -> Solution | None:
+    """Return a locally optimal plan, or None if the construction finds no room.
+
+    Parameters
+    ----------
+    instance, timing
+        The question.
+    passes
+        Largest number of improving moves, >= 0.
+    """
+    search = _Search(instance, timing)
+    starts = [start for start in (search.construct(0), search.construct(1)) if start is not None]
+    if not starts:
+        return None
+    best = min((search.descend(start, passes) for start in starts), key=lambda s: s[1])
+    return search.finished(best[0])
+
+
+class _Search:
+    def __init__(self, instance: Instance, timing: Timing) -> None:
+        self._instance = instance
+        self._timing = timing
+        self._load = instance.class_load
+        self._room = instance.room
+        self._classes, self._sites = instance.run_classes, len(instance.sites)
+        # Ticks a site adds per run on an endpoint, to rank endpoints during construction.
+        self._service = np.zeros(instance.work_s.shape, dtype=np.int64)
+        np.add.at(
+            self._service,
+            [max(site, 0) for site in instance.task_site],
+            instance.service_ticks,
+        )
+
+    def construct(self, rule: int) -> Ints | None:
+        """Place one call after the other at top levels; None when one finds no room.
+
+        Rule 0 takes the fastest endpoint with room, calls with the most to lose first; rule 1
+        the endpoint that is left the emptiest, largest calls first.
+        """
+        top = np.array([len(grid) - 1 for grid in self._instance.levels])
+        endpoints = np.arange(top.size)
+        load = self._load[:, endpoints, top]
+        service = self._service[:, endpoints, top]
+        free = self._room[endpoints, top].copy()
+        capacity = np.maximum(free, 1)
+        allowed = self._instance.allowed
+        shown = np.where(allowed, service, -1)
+        loss = shown.max(axis=1) - np.where(allowed, service, np.iinfo(np.int64).max).min(axis=1)
+        weight = loss if rule == 0 else load.max(axis=1)
+        order = sorted(range(self._sites), key=lambda k: (-int(weight[k]), k))
+        placements = np.zeros((self._classes, self._sites), dtype=np.int64)
+        for k in order:
+            for r in range(self._classes):
+                open_ones = allowed[k] & (load[k] <= free)
+                if not open_ones.any():
+                    return None
+                cost = service[k] if rule == 0 else (capacity - free + load[k]) / capacity
+                i = int(np.where(open_ones, cost, np.inf).argmin())
+                placements[r, k] = i
+                free[i] -= load[k, i]
+        return placements
+
+    def descend(self, placements: Ints, passes: int) -> tuple[Ints, int]:
+        """Take the best improving move until there is none."""
+        value = int(self._evaluate(placements[np.newaxis])[0])
+        for _ in range(passes):
+            best: tuple[int, Ints] | None = None
+            for batch in self._neighbours(placements):
+                values = self._evaluate(batch)
+                first = int(values.argmin())
+                if values[first] < (value if best is None else best[0]):
+                    best = int(values[first]), batch[first]
+            if best is None:
+                break
+            value, placements = best
+        return placements, value
+
+    def _neighbours(self, placements: Ints) -> Iterator[Ints]:
+        """Yield all neighbours in batches; shape (n, R, K)."""
+        moves = [*self._moves(placements), *self._exchanges(placements)]
+        for begin in range(0, len(moves), _BATCH):
+            chunk = moves[begin : begin + _BATCH]
+            batch = np.repeat(placements[np.newaxis], len(chunk), axis=0)
+            for n, changes in enumerate(chunk):
+                for r, k, i in changes:
+                    batch[n, r, k] = i
+            yield batch
+
+    def _moves(self, placements: Ints) -> Iterator[_Move]:
+        for r, row in enumerate(placements.tolist()):
+            for k, here in enumerate(row):
+                for i in np.flatnonzero(self._instance.allowed[k]).tolist():
+                    if i != here:
+                        yield ((r, k, i),)
+
+    def _exchanges(self, placements: Ints) -> Iterator[_Move]:
+        allowed = self._instance.allowed
+        cells = [(r, k, i) for r, row in enumerate(placements.tolist()) for k, i in enumerate(row)]
+        for position, (r, k, i) in enumerate(cells):
+            for q, m, j in cells[position + 1 :]:
+                if i != j and allowed[k, j] and allowed[m, i]:
+                    yield ((r, k, j), (q, m, i))
+
+    def _levels(self, batch: Ints) -> Ints:
+        """Return the least levels of candidate placements (n, R, K); shape (n, I)."""
+        flat = batch.reshape(len(batch), -1)
+        site = np.tile(np.arange(self._sites), self._classes)
+        loads = np.zeros((len(batch), *self._room.shape), dtype=np.int64)
+        rows = np.arange(len(batch))[:, np.newaxis]
+        np.add.at(loads, (rows, flat), self._load[site, flat])
+        return least_levels(loads, self._room)
+
+    def _evaluate(self, batch: Ints) -> Ints:
+        """Return the summed latency of candidate placements, the largest integer if no room."""
+        levels = self._levels(batch)
+        fits = (levels >= 0).all(axis=1)
+        values = np.full(len(batch), np.iinfo(np.int64).max)
+        if fits.any():
+            good = batch[fits]
+            rows = good.reshape(-1, self._sites)
+            repeated = np.repeat(levels[fits], self._classes, axis=0)
+            totals = self._timing.totals(rows, repeated)
+            values[fits] = totals.reshape(-1, self._classes).sum(axis=1)
+        return values
+
+    def finished(self, placements: Ints) -> Solution:
+        """Return the solution in the order that the model's symmetry breaking asks."""
+        levels = self._levels(placements[np.newaxis])[0]
+        for group in self._instance.twins:
+            members = np.array(group)
+            order = members[np.argsort(-levels[members], kind="stable")]
+            levels[members] = levels[order]
+            renamed = np.arange(levels.size)
+            renamed[order] = members
+            placements = renamed[placements]
+        totals = self._timing.totals(placements, np.repeat(levels[None], self._classes, axis=0))
+        ranking = np.argsort(-totals, kind="stable")
+        return Solution(placements[ranking], levels, int(totals.sum()))
