@@ -1,0 +1,226 @@
+"""`instrument`: give every run of a compiled graph an identity and report its lifecycle.
+
+The instrumented graph is a copy of the same type with two methods extended, ``stream`` and
+``astream``; LangGraph builds everything else (``invoke``, ``batch``, events) on those. The original
+is left as it was. A graph that runs inside an instrumented run, as a sub-graph or by hand, takes
+part in that run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import logging
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from langchain_core.callbacks import BaseCallbackManager
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.errors import GraphDrained
+from langgraph.pregel import Pregel
+
+from runtime.langgraph.ir import content_hash, workflow_ir
+from runtime.langgraph.reporter import Reporter
+from runtime.langgraph.settings import settings_of
+from runtime.langgraph.tracker import RunTracker, Shape, tracker_of
+
+__all__ = ["Instrumentation", "instrument"]
+
+_log = logging.getLogger(__name__)
+
+G = TypeVar("G")
+
+
+class Instrumentation:
+    """What `instrument` learned about a graph, and the way to the gateway.
+
+    Attributes
+    ----------
+    ir
+        The workflow graph as JSON, or None if it could not be read.
+    workflow, workflow_hash
+        Its name and content hash; both empty without a graph.
+    reporter
+        The background sender, or None without a gateway.
+    """
+
+    def __init__(self, ir: Mapping[str, Any] | None, reporter: Reporter | None) -> None:
+        self.ir = ir
+        self.workflow = "" if ir is None else str(ir["name"])
+        self.workflow_hash = "" if ir is None else content_hash(ir)
+        self.reporter = reporter
+        self._shape = Shape(ir)
+        if reporter is not None and ir is not None:
+            reporter.register(ir)
+
+    def begin(self, *configs: Mapping[str, Any] | None) -> RunTracker | None:
+        """Return the identity of a new run; None if this is part of a run already.
+
+        Parameters
+        ----------
+        configs
+            LangChain configs, the later ones winning.
+        """
+        ambient = var_child_runnable_config.get()
+        if any(tracker_of(config) for config in (ambient, *configs)):
+            return None
+        given: dict[str, Any] = {}
+        run_id = None
+        for config in filter(None, configs):
+            given |= config.get("configurable") or {}
+            run_id = config.get("run_id") or run_id
+        inherited = (ambient or {}).get("configurable") or {}
+        settings = settings_of(given)
+        tracker = RunTracker(
+            run_id=str(settings["run_id"] or run_id or uuid.uuid4().hex),
+            session_id=settings["session_id"] or given.get("thread_id"),
+            deadline_s=settings["deadline_s"],
+            priority=settings["priority"],
+            workflow=self.workflow,
+            workflow_hash=self.workflow_hash,
+            shape=self._shape,
+            root=str(given.get("checkpoint_ns") or inherited.get("checkpoint_ns") or ""),
+            emit=None if self.reporter is None else self.reporter.emit,
+        )
+        tracker.event("run_start")
+        return tracker
+
+    def close(self) -> None:
+        """Send what is still queued and stop the background sender."""
+        if self.reporter is not None:
+            self.reporter.close()
+
+    async def aclose(self) -> None:
+        """`close` without blocking the event loop."""
+        if self.reporter is not None:
+            await self.reporter.aclose()
+
+
+def instrument(compiled_graph: G, *, workflow: str | None = None, gateway: str | None = None) -> G:
+    """Return a compiled graph whose runs carry an identity; use it in place of the original.
+
+    Parameters
+    ----------
+    compiled_graph
+        What ``StateGraph(...).compile()`` returned.
+    workflow
+        Name of the workflow; the compiled graph's own if None.
+    gateway
+        Address of the Almanac gateway, to which the workflow graph and lifecycle events go in the
+        background. None sends nothing; requests still carry their identity.
+
+    Returns
+    -------
+    CompiledStateGraph
+        Of the same type; its attribute ``almanac`` is the `Instrumentation`. Anything that is not
+        a LangGraph is returned as it is, with a warning.
+
+    Raises
+    ------
+    TypeError
+        If the graph has not been compiled.
+    ValueError
+        If the gateway is not an http address or a declaration names an unknown outcome.
+    """
+    if not isinstance(compiled_graph, Pregel):
+        if hasattr(compiled_graph, "compile") and not hasattr(compiled_graph, "invoke"):
+            raise TypeError(
+                f"{type(compiled_graph).__name__} has not been compiled; call .compile() first"
+            )
+        _log.warning(
+            "not a LangGraph, left as it is", extra={"type": type(compiled_graph).__name__}
+        )
+        return compiled_graph
+    try:
+        ir = workflow_ir(compiled_graph, workflow)
+    except TypeError as error:
+        _log.warning("workflow graph not read", extra={"error": str(error)})
+        ir = None
+    kind = type(compiled_graph)
+    kind = kind if issubclass(kind, _Instrumented) else _instrumented_type(kind)
+    graph = kind.__new__(kind)
+    # A shallow copy: nodes and channels are templates, which a run does not change.
+    vars(graph).update(vars(compiled_graph))
+    reporter = None if gateway is None else Reporter(gateway)
+    cast("_Instrumented", graph).almanac = Instrumentation(ir, reporter)
+    return cast("G", graph)
+
+
+class _Instrumented:
+    """Mixed into the type of an instrumented graph."""
+
+    almanac: Instrumentation
+
+    def copy(self, update: dict[str, Any] | None = None) -> Any:
+        """Return a copy that is instrumented too (``with_config`` makes one)."""
+        clone = copy.copy(self)
+        vars(clone).update(update or {})
+        return clone
+
+    def stream(
+        self,
+        input: Any,  # noqa: A002 LangGraph's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Any]:
+        """Run the graph and yield its output; see LangGraph."""
+        graph = cast("Any", super())
+        tracker = self.almanac.begin(getattr(self, "config", None), config)
+        if tracker is None:
+            yield from graph.stream(input, config, **kwargs)
+            return
+        with _lifecycle(tracker):
+            yield from graph.stream(input, _with(config, tracker), **kwargs)
+
+    async def astream(
+        self,
+        input: Any,  # noqa: A002 LangGraph's name
+        config: RunnableConfig | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[Any]:
+        """Run the graph and yield its output; see LangGraph."""
+        graph = cast("Any", super())
+        tracker = self.almanac.begin(getattr(self, "config", None), config)
+        if tracker is not None:
+            config = _with(config, tracker)
+        with _lifecycle(tracker):
+            # A consumer that stops early must stop the run, and not when garbage is collected.
+            async with contextlib.aclosing(graph.astream(input, config, **kwargs)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+
+@functools.cache
+def _instrumented_type(base: type) -> type:
+    return type(f"Instrumented{base.__name__}", (_Instrumented, base), {"__doc__": base.__doc__})
+
+
+def _with(config: RunnableConfig | None, tracker: RunTracker) -> RunnableConfig:
+    # Not LangChain's merge: that would mix the surrounding config into the explicit one.
+    callbacks: Any = (config or {}).get("callbacks")
+    if isinstance(callbacks, BaseCallbackManager):
+        callbacks = callbacks.copy()
+        callbacks.add_handler(tracker, inherit=True)
+    else:
+        callbacks = [*(callbacks or ()), tracker]
+    return cast("RunnableConfig", {**(config or {}), "callbacks": callbacks})
+
+
+@contextlib.contextmanager
+def _lifecycle(tracker: RunTracker | None) -> Iterator[None]:
+    if tracker is None:
+        yield
+        return
+    status = "failed"
+    try:
+        yield
+        status = "interrupted" if tracker.interrupted else "ok"
+    except (GeneratorExit, asyncio.CancelledError, KeyboardInterrupt, GraphDrained):
+        status = "cancelled"
+        raise
+    finally:
+        tracker.event("run_end", status=status)
