@@ -1,0 +1,1 @@
+"""Simulation: the vLLM engine, its step times, and what drives them."""
