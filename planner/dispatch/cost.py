@@ -63,6 +63,10 @@ def call_cost(
     uncached = prompt_tokens - cached
     output = forecast.output_tokens
     n = state.in_flight
+    # Where the KV pool holds fewer calls of the present size than there are slots, it is the limit.
+    mean_context = (state.context_tokens + prompt_tokens + output) / (n + 1)
+    if mean_context * slots > endpoint.kv_tokens:
+        slots = max(1, int(endpoint.kv_tokens / mean_context))
     scale = row.scale
     slope_s = scale * row.decode_us_per_call * 1e-6
     kv_s = scale * row.decode_ns_per_kv_token * 1e-9

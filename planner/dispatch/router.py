@@ -62,6 +62,11 @@ TRANSITIONS: Mapping[tuple[CallState, type], CallState | None] = {
 """(state, event) -> next state; None means the call is gone."""
 
 
+def _tokens(call: Call) -> int:
+    """Return the least room a call needs: its prompt and what it may declare to answer."""
+    return call.prompt_tokens + (call.max_tokens or 1)
+
+
 class Router:
     """Applies a policy to events.
 
@@ -128,7 +133,7 @@ class Router:
 
     def _place(self, event: CallArrived) -> Command:
         call = event.call
-        candidates = self.view.candidates(call.model, event.exclude)
+        candidates = self.view.candidates(call.model, event.exclude, _tokens(call))
         if not candidates:
             self._states[call.call_id] = CallState.HELD
             self._held[call.call_id] = event
@@ -190,7 +195,7 @@ class Router:
         )
         commands: list[Command] = []
         for held in waiting:
-            if not self.view.candidates(held.call.model, held.exclude):
+            if not self.view.candidates(held.call.model, held.exclude, _tokens(held.call)):
                 continue
             del self._held[held.call.call_id], self._states[held.call.call_id]
             commands.append(

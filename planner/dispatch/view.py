@@ -111,11 +111,13 @@ class EndpointState:
         Prompt tokens plus predicted output of all residents (KV they will need).
     criticality
         Sum of the residents' criticality.
+    most_tokens
+        Longest sequence (prompt and output) the endpoint can hold.
     """
 
     __slots__ = (
         "context_tokens", "criticality", "decoding", "endpoint", "healthy", "in_flight",
-        "index", "latency", "prefill_tokens", "prefix", "residents",
+        "index", "latency", "most_tokens", "prefill_tokens", "prefix", "residents",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, latency: LatencyRow) -> None:
@@ -123,6 +125,8 @@ class EndpointState:
         self.endpoint = endpoint
         self.latency = latency
         self.healthy = True
+        # vLLM keeps one block for itself.
+        self.most_tokens = min(endpoint.max_model_len, endpoint.kv_tokens - endpoint.block_tokens)
         self.prefix = PrefixIndex(endpoint.kv_tokens)
         self.residents: dict[str, Resident] = {}
         self.in_flight = 0
@@ -176,13 +180,25 @@ class FleetView:
         self.states = tuple(states)
 
     def candidates(
-        self, model: str | None = None, exclude: frozenset[int] = frozenset()
+        self, model: str | None = None, exclude: frozenset[int] = frozenset(), tokens: int = 0
     ) -> list[EndpointState]:
-        """Return the healthy endpoints that serve ``model`` (any, if None) and are not excluded."""
+        """Return the healthy endpoints that can take a call.
+
+        Parameters
+        ----------
+        model
+            Model wanted; None takes any.
+        exclude
+            Indices not to use.
+        tokens
+            Prompt plus declared output of the call; it must fit the model's context and the KV
+            pool.
+        """
         return [
             state
             for state in self.states
             if state.healthy
             and state.index not in exclude
             and (model is None or state.endpoint.model == model)
+            and tokens <= state.most_tokens
         ]

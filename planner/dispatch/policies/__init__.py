@@ -13,7 +13,7 @@ from planner.dispatch.policies.planned import Planned
 from planner.dispatch.policies.prefix import PrefixAffinity
 from planner.domain.errors import InvalidInput
 
-__all__ = ["POLICIES", "Choice", "Policy", "make_policy", "parse_policy"]
+__all__ = ["POLICIES", "Choice", "Planned", "Policy", "make_policy", "parse_policy"]
 
 POLICIES: Mapping[str, Callable[..., Policy]] = {
     kind.name: kind

@@ -1,0 +1,194 @@
+"""What `simulate` and `run` share: the policies to compare, their tuning, tables and results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from joblib import Parallel, delayed
+
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.policies import parse_policy
+from planner.dispatch.table import DispatchTable
+from planner.domain.errors import InvalidInput
+from planner.domain.fleet import Fleet
+from planner.domain.run import RunSpec
+from planner.domain.trace import TraceRecord, save_trace
+from planner.metrics import RunMetrics, summarise
+from planner.report.results import PolicyResult, Results, SeedResult
+from planner.sim.experiment import Cell, PolicySetup, mean_latency_s, run_cell, tune
+
+__all__ = [
+    "COMPARED",
+    "add_comparison_arguments",
+    "policy_setups",
+    "progress",
+    "simulate_setups",
+    "tune_setups",
+]
+
+COMPARED = "round_robin,power_of_two,prefix_affinity,least_expected_finish,marginal_cost,almanac"
+
+
+def progress(text: str) -> None:
+    """Show what is going on, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every comparison of policies has."""
+    parser.add_argument(
+        "--policies",
+        default=COMPARED,
+        metavar="A,B",
+        help="policies to compare; several parameters of one go in as name:key=value+key=value "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-tune",
+        action="store_true",
+        help="keep the parameters as given; otherwise each policy that has any is tuned on runs "
+        "of other seeds, with the same number of trials",
+    )
+    parser.add_argument(
+        "--tuning-seeds", type=int, default=4, help="replications used for tuning (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes to simulate with (default: %(default)s)"
+    )
+
+
+def policy_setups(text: str, table: DispatchTable | None) -> list[PolicySetup]:
+    """Return the policies named on the command line.
+
+    Raises
+    ------
+    InvalidInput
+        If one is unknown or named twice, or ``almanac`` has no table.
+    """
+    setups: list[PolicySetup] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, parameters = parse_policy(part.replace("+", ","))
+        if any(setup.policy == name for setup in setups):
+            raise InvalidInput(
+                f"{name!r} is named twice", where="--policies", remedy="name each policy once"
+            )
+        if name == "almanac" and table is None:
+            raise InvalidInput(
+                "policy 'almanac' needs a dispatch table",
+                where="--policies",
+                remedy="give --table FILE (made by `almanac plan`) or leave it out",
+            )
+        setups.append(
+            PolicySetup(
+                policy=name, parameters=parameters, table=table if name == "almanac" else None
+            )
+        )
+    if not setups:
+        raise InvalidInput("no policy", where="--policies", remedy="name at least one")
+    return setups
+
+
+def _mean(cell: Cell) -> float:
+    return mean_latency_s(run_cell(cell))
+
+
+def tune_setups(
+    setups: Sequence[PolicySetup],
+    workloads: Mapping[int, Sequence[RunSpec]],
+    fleet: Fleet,
+    forecaster: Forecaster,
+    *,
+    noise_cv: float,
+    jobs: int,
+) -> list[PolicySetup]:
+    """Return the setups tuned on the given workloads (seed -> runs), all by the same score."""
+
+    def score(candidates: Sequence[PolicySetup]) -> list[float]:
+        cells = [
+            Cell(
+                setup=setup,
+                seed=seed,
+                runs=runs,
+                fleet=fleet,
+                forecaster=forecaster,
+                noise_cv=noise_cv,
+            )
+            for setup in candidates
+            for seed, runs in workloads.items()
+        ]
+        means = Parallel(n_jobs=jobs)(delayed(_mean)(cell) for cell in cells)
+        size = len(workloads)
+        return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
+
+    return [tune(setup, score, progress) for setup in setups]
+
+
+def _measured(cell: Cell, folder: Path | None) -> tuple[RunMetrics, str | None]:
+    records: list[TraceRecord] = run_cell(cell, time.perf_counter)
+    name = None
+    if folder is not None:
+        name = f"traces/{cell.setup.policy}-{cell.seed}.jsonl"
+        save_trace(records, folder / name, policy=cell.setup.policy, seed=cell.seed)
+    return summarise(records), name
+
+
+def simulate_setups(
+    setups: Sequence[PolicySetup],
+    workloads: Mapping[int, Sequence[RunSpec]],
+    fleet: Fleet,
+    forecaster: Forecaster,
+    *,
+    title: str,
+    settings: Mapping[str, object],
+    noise_cv: float = 0.0,
+    dispatch_s: float = 0.0,
+    jobs: int = 2,
+    folder: Path | None = None,
+) -> Results:
+    """Simulate every policy on every workload (seed -> runs) and return the results.
+
+    ``folder``, if given, receives one trace per cell.
+    """
+    cells = [
+        Cell(
+            setup=setup,
+            seed=seed,
+            runs=runs,
+            fleet=fleet,
+            forecaster=forecaster,
+            noise_cv=noise_cv,
+            dispatch_s=dispatch_s,
+        )
+        for setup in setups
+        for seed, runs in sorted(workloads.items())
+    ]
+    outcomes: Iterable[tuple[RunMetrics, str | None]] = Parallel(
+        n_jobs=jobs, return_as="generator"
+    )(delayed(_measured)(cell, folder) for cell in cells)
+    by_policy: dict[str, list[SeedResult]] = {setup.policy: [] for setup in setups}
+    for number, (cell, (metrics, trace)) in enumerate(zip(cells, outcomes, strict=True), start=1):
+        by_policy[cell.setup.policy].append(
+            SeedResult(seed=cell.seed, metrics=metrics, trace=trace)
+        )
+        mean = "-" if metrics.mean_s is None else f"{metrics.mean_s:.2f} s"
+        progress(
+            f"[{number}/{len(cells)}] {cell.setup.policy} seed {cell.seed}: mean run latency {mean}"
+        )
+    return Results(
+        title=title,
+        mode="simulated",
+        settings=dict(settings),
+        policies=tuple(
+            PolicyResult(
+                policy=setup.policy,
+                label=setup.policy,
+                parameters=setup.shown_parameters,
+                seeds=tuple(by_policy[setup.policy]),
+            )
+            for setup in setups
+        ),
+    )

@@ -1,0 +1,324 @@
+"""`almanac simulate`: the policies compared on a simulated fleet, on sampled or recorded work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.cli.compare import (
+    add_comparison_arguments,
+    policy_setups,
+    progress,
+    simulate_setups,
+    tune_setups,
+)
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.table import DispatchTable, load_table, save_table
+from planner.domain.errors import InvalidInput
+from planner.domain.estimates import EstimateTable, load_estimates
+from planner.domain.fleet import Fleet, load_fleet
+from planner.domain.run import RunSpec
+from planner.domain.workflow import Workflow, load_workflow, save_workflow
+from planner.sim.workload import (
+    SessionCall,
+    Times,
+    poisson_arrivals,
+    replayed_arrivals,
+    run_from_session,
+    sampled_workload,
+)
+
+__all__ = ["register", "run"]
+
+_AGENTS = {
+    "lmcache_agents": "lmcache_agents",
+    "miniswe": "miniswe_swebench_verified",
+    "claude_code": "claude_code_sessions",
+}
+_ARRIVALS = ("poisson", "azure_code", "azure_conv", "mooncake_conversation")
+_TUNING_SEED = 1000
+"""Tuning uses seeds from here on, the comparison seeds from 0: no run is in both."""
+
+
+def register(subparsers: Any) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="compare policies on a simulated fleet",
+        description="Run the same workload under several policies on a simulated vLLM fleet and "
+        "print mean, percentiles, throughput and cache hits with their spread over seeds. Work "
+        "comes from a workflow file with its distributions, or from recorded agent sessions.",
+    )
+    parser.add_argument("--fleet", type=Path, required=True, help="fleet file (YAML)")
+    work = parser.add_argument_group("work from a workflow")
+    work.add_argument("--workflow", type=Path, help="workflow file (JSON)")
+    work.add_argument(
+        "--truth", type=Path, help="distributions that realise the runs (estimates file)"
+    )
+    work.add_argument(
+        "--estimates", type=Path, help="forecasts the policies get (default: the truth's)"
+    )
+    work.add_argument("--table", type=Path, help="dispatch table for policy almanac")
+    real = parser.add_argument_group("work from recorded agents")
+    real.add_argument(
+        "--agents", metavar="A,B", help=f"recorded agents to draw from: {', '.join(_AGENTS)}"
+    )
+    real.add_argument("--traces", type=Path, help="folder of the public datasets")
+    real.add_argument(
+        "--max-prompt-tokens", type=int, default=32768, help="cut prompts (default: %(default)s)"
+    )
+    real.add_argument(
+        "--max-output-tokens", type=int, default=4096, help="cut outputs (default: %(default)s)"
+    )
+    real.add_argument(
+        "--max-gap", type=float, default=30.0,
+        help="cut tool and thinking times, s (default: %(default)s)",
+    )  # fmt: skip
+    real.add_argument(
+        "--max-calls", type=int, default=30, help="cut sessions (default: %(default)s calls)"
+    )
+    parser.add_argument(
+        "--arrivals", choices=_ARRIVALS, default="poisson",
+        help="pattern of run arrivals; recorded ones need --traces (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--rate", type=float, required=True, help="mean runs per second")
+    parser.add_argument("--runs", type=int, default=200, help="runs per seed (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="replications (%(default)s)")
+    parser.add_argument(
+        "--noise-cv", type=float, default=0.02,
+        help="variation of engine step times (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dispatch-ms", type=float, default=0.5,
+        help="decision time charged to each call (default: %(default)s ms)",
+    )  # fmt: skip
+    add_comparison_arguments(parser)
+    parser.add_argument("--out", type=Path, help="folder for results.json, table and workflow")
+    parser.add_argument("--keep-traces", action="store_true", help="also write every trace there")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.set_defaults(run=run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    workflow: Workflow
+    estimates: EstimateTable
+    table: DispatchTable | None
+    source: str
+    draw: Callable[[Times, int, np.random.Generator], tuple[RunSpec, ...]]
+    """Realises one run per arrival time, for a seed."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    from planner.report.results import save_results
+    from planner.report.terminal import results_table
+
+    _check(args)
+    fleet = load_fleet(args.fleet)
+    work = _recorded(args, fleet) if args.agents else _sampled(args, fleet)
+    recorded = _arrivals(args)
+    setups = policy_setups(args.policies, work.table)
+    forecaster = Forecaster(work.estimates, [work.workflow])
+
+    def workload(seed: int) -> tuple[RunSpec, ...]:
+        rng = np.random.default_rng([seed, 7])
+        if recorded is None:
+            times = poisson_arrivals(args.rate, args.runs, rng)
+        else:
+            times = replayed_arrivals(recorded, args.rate, args.runs, rng)
+        return work.draw(times, seed, rng)
+
+    if not args.no_tune:
+        tuning = {_TUNING_SEED + k: workload(_TUNING_SEED + k) for k in range(args.tuning_seeds)}
+        setups = tune_setups(
+            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs
+        )
+    if args.keep_traces:
+        (args.out / "traces").mkdir(parents=True, exist_ok=True)
+    results = simulate_setups(
+        setups,
+        {seed: workload(seed) for seed in range(args.seeds)},
+        fleet,
+        forecaster,
+        title=f"{work.source} on fleet {fleet.name}, {args.arrivals} arrivals",
+        settings={
+            "fleet": fleet.name,
+            "workflow": work.workflow.name,
+            "work": work.source,
+            "arrivals": args.arrivals,
+            "rate_rps": args.rate,
+            "runs_per_seed": args.runs,
+            "seeds": args.seeds,
+            "noise_cv": args.noise_cv,
+            "dispatch_ms_charged": args.dispatch_ms,
+            "tuned": not args.no_tune,
+        },
+        noise_cv=args.noise_cv,
+        dispatch_s=args.dispatch_ms * 1e-3,
+        jobs=args.jobs,
+        folder=args.out if args.keep_traces else None,
+    )
+    if args.out:
+        save_results(results, args.out)
+        save_workflow(work.workflow, args.out / "workflow.json")
+        shutil.copyfile(args.fleet, args.out / "fleet.yaml")
+        for setup in setups:
+            if setup.table is not None:
+                save_table(setup.table, args.out / "table.json")
+    print(json.dumps(results.to_json()) if args.json else results_table(results))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if bool(args.agents) == bool(args.workflow):
+        raise InvalidInput(
+            "give either --workflow or --agents",
+            where="simulate",
+            remedy="--workflow w.json --truth t.json, or --agents miniswe --traces FOLDER",
+        )
+    if args.workflow and not args.truth:
+        raise InvalidInput(
+            "--workflow needs --truth", where="simulate", remedy="give an estimates file"
+        )
+    if (args.agents or args.arrivals != "poisson") and not args.traces:
+        raise InvalidInput(
+            "recorded agents or arrivals need --traces",
+            where="simulate",
+            remedy="give the folder of the public datasets (see `almanac data list`)",
+        )
+    if args.keep_traces and not args.out:
+        raise InvalidInput("--keep-traces needs --out", where="simulate", remedy="give a folder")
+    least = {"rate": 1e-9, "runs": 1, "seeds": 1, "tuning_seeds": 1, "jobs": 1, "noise_cv": 0.0}
+    for name, bound in least.items():
+        if not getattr(args, name) >= bound:
+            raise InvalidInput(
+                f"{getattr(args, name)!r} is too small",
+                where=f"--{name.replace('_', '-')}",
+                remedy=f"use at least {bound:g}",
+            )
+
+
+def _sampled(args: argparse.Namespace, fleet: Fleet) -> _Work:
+    workflow = load_workflow(args.workflow)
+    truth = load_estimates(args.truth)
+    estimates = load_estimates(args.estimates) if args.estimates else truth
+    estimate = truth.workflows.get(workflow.content_hash)
+    if estimate is None:
+        raise InvalidInput(
+            f"no distributions for workflow {workflow.name!r} ({workflow.content_hash})",
+            where=str(args.truth),
+            remedy="give the truth file of this workflow",
+        )
+    table = load_table(args.table) if args.table else None
+    if table is not None:
+        table.check_fleet(fleet)
+    return _Work(
+        workflow=workflow,
+        estimates=estimates,
+        table=table,
+        source=f"workflow {workflow.name}",
+        draw=lambda times, seed, _: sampled_workload(workflow, estimate, times, seed=seed),
+    )
+
+
+def _recorded(args: argparse.Namespace, fleet: Fleet) -> _Work:
+    """Learn from the first families of the recorded sessions, keep the others to simulate."""
+    from models.importers import AgentCall, AgentSession, agent_sessions
+    from models.mining import mine_workflow, site_node, static_tokens
+    from planner.cli.plan import plan_table
+
+    sessions: list[AgentSession] = []
+    for name in filter(None, (part.strip() for part in args.agents.split(","))):
+        if name not in _AGENTS:
+            raise InvalidInput(
+                f"{name!r} is unknown", where="--agents", remedy=f"use {', '.join(_AGENTS)}"
+            )
+        found = agent_sessions(args.traces / _AGENTS[name])
+        progress(f"{name}: {len(found)} sessions, {sum(len(s.calls) for s in found)} calls")
+        sessions += found
+
+    def cut(call: AgentCall) -> AgentCall:
+        return AgentCall(
+            site=call.site,
+            prompt_tokens=min(call.prompt_tokens, args.max_prompt_tokens),
+            output_tokens=min(call.output_tokens, args.max_output_tokens),
+            shared_prefix_tokens=min(call.shared_prefix_tokens, args.max_prompt_tokens),
+            gap_s=min(call.gap_s, args.max_gap),
+            next_action=call.next_action,
+        )
+
+    sessions = [
+        AgentSession(
+            source=s.source,
+            session_id=s.session_id,
+            family=s.family,
+            calls=tuple(cut(call) for call in s.calls[: args.max_calls]),
+        )
+        for s in sessions
+        if s.calls
+    ]
+    # Families stay whole; alternate ones train, so that each source is in both halves.
+    families = sorted({(s.source, s.family) for s in sessions})
+    training = set(families[::2])
+    learned = [s for s in sessions if (s.source, s.family) in training]
+    kept = [s for s in sessions if (s.source, s.family) not in training]
+    if not kept:
+        raise InvalidInput(
+            "too few sessions to learn from some and simulate others",
+            where="--agents",
+            remedy="name more agents",
+        )
+    workflow, estimate = mine_workflow(learned, name="agents")
+    estimates = EstimateTable(workflows={workflow.content_hash: estimate}, version="mined")
+    table = None
+    if "almanac" in args.policies:
+        table = plan_table(workflow, fleet, estimates, rate_rps=args.rate, progress=progress)
+    static = static_tokens(learned)
+
+    def draw(times: Times, seed: int, rng: np.random.Generator) -> tuple[RunSpec, ...]:
+        picks = rng.integers(len(kept), size=len(times))
+        return tuple(
+            run_from_session(
+                [
+                    SessionCall(
+                        node=site_node(kept[pick].source, call.site),
+                        prompt_tokens=call.prompt_tokens,
+                        output_tokens=call.output_tokens,
+                        shared_prefix_tokens=call.shared_prefix_tokens,
+                        gap_s=call.gap_s,
+                    )
+                    for call in kept[pick].calls
+                ],
+                run_id=f"s{seed}-r{number}",
+                arrival_s=float(time_s),
+                workflow=workflow.name,
+                workflow_hash=workflow.content_hash,
+                static_tokens=static.get(kept[pick].source, 0),
+                most_prompt_tokens=args.max_prompt_tokens,
+            )
+            for number, (time_s, pick) in enumerate(zip(times, picks, strict=True))
+        )
+
+    return _Work(
+        workflow=workflow,
+        estimates=estimates,
+        table=table,
+        source=f"recorded agents {args.agents}",
+        draw=draw,
+    )
+
+
+def _arrivals(args: argparse.Namespace) -> Times | None:
+    if args.arrivals == "poisson":
+        return None
+    from models.importers import arrivals
+
+    return arrivals(args.traces, args.arrivals).time_s
