@@ -4,6 +4,7 @@ Counting is hard to beat here and easy to explain: few contexts, few outcomes, a
 needs honest probabilities of rare outcomes more than a sharper guess of the likeliest.
 """
 
+# ruff: noqa: N803, N806  (X is the name of scikit-learn's contract)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,11 +12,15 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.preprocessing import OrdinalEncoder
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-__all__ = ["BranchClassifier", "visit_probabilities"]
+from models.features import CHOICE, FeatureSchema, choice_features
+
+__all__ = ["BranchClassifier", "ChoicePredictor", "visit_probabilities"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -45,7 +50,7 @@ class BranchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(self, strength: float = 12.0) -> None:
         self.strength = strength
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> Self:
         """Fit on X (rows, contexts), category codes or any numbers, and y (rows,) outcomes."""
         X, y = validate_data(self, X, y, ensure_all_finite="allow-nan")
         check_classification_targets(y)
@@ -61,11 +66,11 @@ class BranchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     @staticmethod
-    def _keys(X: npt.NDArray[Any], depth: int) -> list[tuple[float, ...]]:  # noqa: N803
+    def _keys(X: npt.NDArray[Any], depth: int) -> list[tuple[float, ...]]:
         part = np.nan_to_num(np.asarray(X[:, :depth], dtype=float), nan=-np.inf)
         return list(map(tuple, part.tolist()))
 
-    def predict_proba(self, X: Any) -> Floats:  # noqa: N803
+    def predict_proba(self, X: Any) -> Floats:
         """Return probabilities, shape (rows, outcomes), each row summing to one, all > 0."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, ensure_all_finite="allow-nan")
@@ -85,7 +90,7 @@ class BranchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             out[row] = known[key]
         return out
 
-    def predict(self, X: Any) -> npt.NDArray[Any]:  # noqa: N803
+    def predict(self, X: Any) -> npt.NDArray[Any]:
         """Return the likeliest outcome of each row."""
         return np.asarray(self.classes_[np.argmax(self.predict_proba(X), axis=1)])
 
@@ -93,6 +98,42 @@ class BranchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
         return tags
+
+
+class ChoicePredictor:
+    """Outcome probabilities of the next ``action`` of a step table.
+
+    Parameters
+    ----------
+    contexts
+        False gives the base rates alone: the constant baseline, and what is kept when contexts
+        do not beat it.
+    """
+
+    schema: FeatureSchema = CHOICE
+
+    def __init__(self, *, contexts: bool = True) -> None:
+        self.contexts = contexts
+
+    def fit(self, table: pd.DataFrame, rows: pd.Series) -> Self:
+        """Fit on the marked rows of a step table; histories read all of it."""
+        columns = choice_features(table)[rows]
+        self.encoder_ = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+        codes = self.encoder_.fit_transform(columns)
+        self.classifier_ = BranchClassifier().fit(self._shape(codes), table.loc[rows, "action"])
+        return self
+
+    def _shape(self, codes: Floats) -> Floats:
+        return codes if self.contexts else np.zeros((len(codes), 1))
+
+    def probabilities(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return probabilities per step, one column per outcome seen in training."""
+        codes = self.encoder_.transform(choice_features(table))
+        return pd.DataFrame(
+            self.classifier_.predict_proba(self._shape(codes)),
+            index=table.index,
+            columns=self.classifier_.classes_,
+        )
 
 
 def visit_probabilities(

@@ -6,9 +6,9 @@ relative: a tenth of a short wait matters as much as a tenth of a long one. Tree
 they do not carry over to a load, a model or a GPU they have not seen.
 """
 
+# ruff: noqa: N803, N806  (X is the name of scikit-learn's contract)
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ __all__ = [
     "RelativeNonNegativeRegressor",
     "call_design",
     "fit_row",
+    "row_seconds",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -83,7 +84,7 @@ class RelativeNonNegativeRegressor(RegressorMixin, BaseEstimator):  # type: igno
         self.huber = huber
         self.rounds = rounds
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> Self:
         """Fit on X (rows, features) and y (rows,), y > 0."""
         X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
         y = np.asarray(y, dtype=float)
@@ -118,7 +119,7 @@ class RelativeNonNegativeRegressor(RegressorMixin, BaseEstimator):  # type: igno
         self.coef_ = solution * unit
         return self
 
-    def predict(self, X: Any) -> Floats:  # noqa: N803
+    def predict(self, X: Any) -> Floats:
         """Return predictions, shape (rows,), in the unit of y."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
@@ -146,7 +147,8 @@ class LatencyPredictor:
     @classmethod
     def fit(cls, rows: pd.DataFrame) -> LatencyPredictor:
         """Fit on rows with `REQUEST_COLUMNS`; at least one must have a second output token."""
-        prefill = RelativeNonNegativeRegressor(huber=0.2).fit(
+        # A narrow Huber zone is close to least absolute relative error: these logs have long tails.
+        prefill = RelativeNonNegativeRegressor(huber=0.05, rounds=15).fit(
             _prefill_design(rows), rows["ttft_s"].to_numpy(float)
         )
         several = rows[(rows["output_tokens"] > 1) & (rows["decode_s"] > 0)]
@@ -154,7 +156,7 @@ class LatencyPredictor:
             decode = (0.0, 0.0, 0.0)
         else:
             step_s = several["decode_s"] / (several["output_tokens"] - 1)
-            model = RelativeNonNegativeRegressor(huber=0.2)
+            model = RelativeNonNegativeRegressor(huber=0.05, rounds=15)
             decode = tuple(model.fit(_decode_design(several), step_s.to_numpy(float)).coef_)
         return cls(prefill=tuple(map(float, prefill.coef_)), decode=tuple(map(float, decode)))
 
@@ -169,7 +171,7 @@ class LatencyPredictor:
     def total_s(self, rows: pd.DataFrame) -> Floats:
         """Return seconds to the last token, given ``output_tokens``, shape (rows,)."""
         steps = np.maximum(rows["output_tokens"].to_numpy(float) - 1, 0)
-        return self.ttft_s(rows) + steps * self.step_s(rows)
+        return np.asarray(self.ttft_s(rows) + steps * self.step_s(rows))
 
 
 def _prefill_design(rows: pd.DataFrame) -> Floats:
@@ -282,7 +284,8 @@ class _StepIntegral:
     def at(self, values: Floats, when: Floats) -> Floats:
         """Sum of ``values`` over the calls whose interval holds the instant (end excluded)."""
         position = np.searchsorted(self._times, when, side="right") - 1
-        return np.where(position >= 0, self._levels(values)[np.maximum(position, 0)], 0.0)
+        level = self._levels(values)[np.maximum(position, 0)]
+        return np.asarray(np.where(position >= 0, level, 0.0))
 
     def between(self, values: Floats, start: Floats, end: Floats) -> Floats:
         """Integral of that sum from ``start`` to ``end``."""
@@ -295,14 +298,21 @@ class _StepIntegral:
             )
             return np.asarray(area[position] + level[position] * (when - self._times[position]))
 
-        return upto(end) - upto(start)
+        return np.asarray(upto(end) - upto(start))
 
 
 _UNITS = (1e-3, 1e-6, 1e-9, 1e-3, 1e-6, 1e-9)
 """Seconds per unit of a to f as a latency row writes them (ms, us, ns, ms, us, ns)."""
 
 
-def fit_row(design: Floats, seconds: Floats, prior: LatencyRow, strength: float = 5.0) -> LatencyRow:
+def row_seconds(row: LatencyRow) -> Floats:
+    """Return a to f of a row in seconds, scale included, shape (6,): the unit of `call_design`."""
+    return np.asarray(np.array(astuple(row)[:6]) * np.array(_UNITS) * row.scale)
+
+
+def fit_row(
+    design: Floats, seconds: Floats, prior: LatencyRow, strength: float = 5.0
+) -> LatencyRow:
     """Return the latency row learned from `call_design` rows, anchored on a prior row.
 
     Parameters
@@ -321,9 +331,8 @@ def fit_row(design: Floats, seconds: Floats, prior: LatencyRow, strength: float 
     usable = seconds > 0
     if not usable.any():
         return prior
-    values: Sequence[float] = astuple(prior)[:6]
-    anchor = tuple(prior.scale * value * unit for value, unit in zip(values, _UNITS, strict=True))
-    model = RelativeNonNegativeRegressor(prior=anchor, strength=strength)
+    anchor = row_seconds(prior)
+    model = RelativeNonNegativeRegressor(prior=tuple(map(float, anchor)), strength=strength)
     coefficients = model.fit(design[usable], seconds[usable]).coef_ / np.array(_UNITS)
     names = (
         "prefill_base_ms", "prefill_us_per_token", "prefill_ns_per_token_sq", "decode_base_ms",
@@ -331,5 +340,5 @@ def fit_row(design: Floats, seconds: Floats, prior: LatencyRow, strength: float 
     )  # fmt: skip
     found = dict(zip(names, map(float, coefficients), strict=True))
     # A step that reads the weights for nothing is not physics, however the fit came out.
-    found["decode_base_ms"] = max(found["decode_base_ms"], 0.02 * prior.scale * values[3])
+    found["decode_base_ms"] = max(found["decode_base_ms"], 0.02 * anchor[3] / _UNITS[3])
     return LatencyRow(**found)

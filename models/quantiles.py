@@ -5,6 +5,7 @@ monotone transform, and relative errors are what the planner feels. ``predict`` 
 ``predict_quantiles`` all levels, sorted, and ``predict_log_mean`` the mean of ``log(1 + y)``.
 """
 
+# ruff: noqa: N803, N806  (X is the name of scikit-learn's contract)
 from __future__ import annotations
 
 from typing import Any, Self
@@ -50,20 +51,28 @@ class _LogQuantiles(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     levels: tuple[float, ...]
 
-    def _check_fit(self, X: Any, y: Any, **options: Any) -> tuple[Floats, Floats]:  # noqa: N803
+    def _check_fit(self, X: Any, y: Any, **options: Any) -> tuple[Floats, Floats]:
         X, y = validate_data(self, X, y, dtype="numeric", y_numeric=True, **options)
         if np.min(y) < 0:
             raise ValueError(f"y must be >= 0, got {np.min(y):g}")
         return np.asarray(X, dtype=float), np.log1p(np.asarray(y, dtype=float))
 
-    def _log_quantiles(self, X: Any) -> Floats:  # noqa: N803
+    def _log_quantiles(self, X: Any) -> Floats:
         raise NotImplementedError
 
-    def predict_quantiles(self, X: Any) -> Floats:  # noqa: N803
+    def predict_quantiles(self, X: Any) -> Floats:
         """Return the quantiles, shape (rows, levels), non-decreasing along a row, >= 0."""
         return np.asarray(np.maximum(np.expm1(self._log_quantiles(X)), 0.0))
 
-    def predict(self, X: Any) -> Floats:  # noqa: N803
+    def predict_log_mean(self, X: Any) -> Floats:
+        """Return the mean of ``log(1 + y)``, shape (rows,), by the trapezoid rule on quantiles."""
+        edges = np.array([0.0, *self.levels, 1.0])
+        weights = (edges[2:] - edges[:-2]) / 2
+        weights[0] += edges[1] / 2
+        weights[-1] += (1 - edges[-2]) / 2
+        return np.asarray(self._log_quantiles(X) @ weights)
+
+    def predict(self, X: Any) -> Floats:
         """Return the median, shape (rows,)."""
         quantiles = self.predict_quantiles(X)
         return np.array([np.interp(0.5, self.levels, row) for row in quantiles])
@@ -105,7 +114,7 @@ class ShrunkQuantileRegressor(_LogQuantiles):
         self.strength = strength
         self.levels = levels
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> Self:
         """Fit on X (rows, features) and y (rows,), y >= 0."""
         X, log_y = self._check_fit(X, y, ensure_all_finite="allow-nan")
         root = np.quantile(log_y, self.levels)
@@ -124,12 +133,12 @@ class ShrunkQuantileRegressor(_LogQuantiles):
             )
         return self
 
-    def _keys(self, X: Floats, depth: int) -> list[tuple[float, ...]]:  # noqa: N803
+    def _keys(self, X: Floats, depth: int) -> list[tuple[float, ...]]:
         # NaN is not equal to itself, so that it would make a new group in every row.
         part = np.nan_to_num(X[:, list(self.columns[:depth])], nan=-np.inf)
         return list(map(tuple, part.tolist()))
 
-    def _log_quantiles(self, X: Any) -> Floats:  # noqa: N803
+    def _log_quantiles(self, X: Any) -> Floats:
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
         out = np.empty((len(X), len(self.levels)))
@@ -209,7 +218,7 @@ class BoostedQuantileRegressor(_LogQuantiles):
         self.levels = levels
         self.random_state = random_state
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    def fit(self, X: Any, y: Any) -> Self:
         """Fit on X (rows, features) and y (rows,), y >= 0; X may hold NaN."""
         X, log_y = self._check_fit(X, y, ensure_all_finite="allow-nan")
         self.groups_ = ShrunkQuantileRegressor(
@@ -240,7 +249,7 @@ class BoostedQuantileRegressor(_LogQuantiles):
             random_state=self.random_state,
         )
 
-    def _log_quantiles(self, X: Any) -> Floats:  # noqa: N803
+    def _log_quantiles(self, X: Any) -> Floats:
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
         out = np.log1p(self.groups_.predict_quantiles(X))
@@ -250,13 +259,13 @@ class BoostedQuantileRegressor(_LogQuantiles):
             out = (1 - self.weight_) * out + self.weight_ * boosted
         return np.asarray(np.sort(out, axis=1))
 
-    def predict_log_mean(self, X: Any) -> Floats:  # noqa: N803
+    def predict_log_mean(self, X: Any) -> Floats:
         """Return the mean of ``log(1 + y)``, shape (rows,)."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
-        if self.center_ is not None:
-            return np.asarray(self.center_.predict(X[:, self.used_]))
-        return np.asarray(np.log1p(self.groups_.predict_quantiles(X)).mean(axis=1))
+        if self.center_ is None:
+            return super().predict_log_mean(X)
+        return np.asarray(self.center_.predict(X[:, self.used_]))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -136,7 +137,7 @@ def read_table(path: Path, *, numeric: Sequence[str], text: Sequence[str] = ()) 
             where=str(path),
             remedy="give the file as its README describes it",
         )
-    out = {column: frame[column].astype(str) for column in text}
+    out: dict[str, pd.Series[Any]] = {column: frame[column].astype(str) for column in text}
     for column in numeric:
         raw = frame[column].str.strip()
         empty = raw.isin(["", "nan", "NaN", "NA", "None"])

@@ -256,9 +256,7 @@ def read_who_and_when(folder: Path, seed: int) -> Dataset:
     return _agent_dataset("who_and_when", "30 % of the logs held out", table, sieve, path)
 
 
-def _agent_dataset(
-    name: str, split: str, table: pd.DataFrame, sieve: Sieve, path: Path
-) -> Dataset:
+def _agent_dataset(name: str, split: str, table: pd.DataFrame, sieve: Sieve, path: Path) -> Dataset:
     return Dataset(
         name=name,
         split=split,

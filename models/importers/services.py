@@ -114,9 +114,7 @@ def read_llm_pilot(folder: Path, seed: int) -> Dataset:
     sieve.require("active_at_start", 1, 1e5)
     sieve.reject(sieve.frame["latency_ms"] < sieve.frame["ttft_ms"], "latency below ttft_ms")
     rows = sieve.frame.reset_index(drop=True)
-    config = (
-        rows["model"] + " on " + rows["n_gpus"].astype(int).astype(str) + " x " + rows["gpu"]
-    )
+    config = rows["model"] + " on " + rows["n_gpus"].astype(int).astype(str) + " x " + rows["gpu"]
     generator = np.random.default_rng(seed)
     level = pd.Series("", index=rows.index)
     for name in sorted(config.unique()):
