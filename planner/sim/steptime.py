@@ -7,7 +7,6 @@ the context tokens (`StepTime.decode_line`), it runs many such steps at once; ot
 from __future__ import annotations
 
 import csv
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,8 +139,7 @@ class TableStepTime:
 
     With T batch tokens, S calls that yield a token, one merged prefill chunk and n decodes:
     dense layers at T (embedding and final norm once, layernorm 64 times, others 32 times), plus
-    head and sampler at S, plus 32 attention calls, multilinear between the measured points;
-    corners that were not measured are left out and the other weights scaled up.
+    head and sampler at S, plus 32 attention calls, linear between the measured points.
 
     Several chunks of one step are merged into one: their tokens add up, and the depth is chosen
     so that the number of (query, key) pairs stays the same.
@@ -293,37 +291,62 @@ def _attention(path: Path) -> Callable[[float, float, float, float], float]:
             where=str(path),
             remedy="fetch the data set again",
         ) from error
-    axes = [sorted({point[axis] for point in table}) for axis in range(4)]
-    indexed = {
-        tuple(axes[axis].index(value) for axis, value in enumerate(point)): seconds
-        for point, seconds in table.items()
-    }
-
-    def bracket(axis: Sequence[float], value: float) -> tuple[tuple[int, float], ...]:
-        """Return (index, weight) of the one or two grid values around ``value``."""
-        upper = bisect_right(axis, value)
-        if upper == len(axis):
-            return ((upper - 1, 1.0),)
-        lower = upper - 1
-        share = (value - axis[lower]) / (axis[upper] - axis[lower])
-        return ((lower, 1.0 - share), (upper, share)) if share > 0.0 else ((lower, 1.0),)
+    tree = _Tree.grow(sorted(table.items()))
+    least_context = min((point[3] for point in table if point[3] > 0.0), default=0.0)
 
     def seconds(chunk: float, depth: float, decodes: float, context: float) -> float:
-        total = weight = 0.0
-        contexts = bracket(axes[3], context)
-        calls = bracket(axes[2], decodes)
-        depths = bracket(axes[1], depth)
-        for i, i_share in bracket(axes[0], chunk):
-            for j, j_share in depths:
-                for k, k_share in calls:
-                    ijk = i_share * j_share * k_share
-                    for m, m_share in contexts:
-                        value = indexed.get((i, j, k, m))
-                        if value is not None:
-                            total += ijk * m_share * value
-                            weight += ijk * m_share
-        if weight == 0.0:
-            return math.nan
-        return total / weight
+        if decodes:
+            context = max(context, least_context)
+        value = tree.at((chunk, depth, decodes, context))
+        if value is None:
+            raise InvalidInput(
+                f"no point near chunk {chunk:g} at depth {depth:g} with {decodes:g} decodes",
+                where=str(path),
+                remedy="fetch the data set again",
+            )
+        return value
 
     return seconds
+
+
+class _Tree:
+    """Measured points by one coordinate, then the next; the points need not form a full grid.
+
+    Interpolation is linear in one coordinate after the other, between the neighbours that were
+    measured for the coordinates before it. Above the largest value the largest counts; below the
+    smallest there is nothing.
+    """
+
+    __slots__ = ("axis", "branches")
+
+    def __init__(self, axis: list[float], branches: list[_Tree] | list[float]) -> None:
+        self.axis = axis
+        self.branches = branches
+
+    @classmethod
+    def grow(cls, points: Sequence[tuple[tuple[float, ...], float]]) -> _Tree:
+        """Build the tree of (coordinates, value) pairs sorted by coordinates."""
+        if not points or len(points[0][0]) == 1:
+            return cls([point[0] for point, _value in points], [value for _point, value in points])
+        groups: dict[float, list[tuple[tuple[float, ...], float]]] = {}
+        for point, value in points:
+            groups.setdefault(point[0], []).append((point[1:], value))
+        return cls(list(groups), [cls.grow(group) for group in groups.values()])
+
+    def at(self, point: tuple[float, ...]) -> float | None:
+        """Return the interpolated value, or None where nothing was measured nearby."""
+        axis = self.axis
+        upper = bisect_right(axis, point[0])
+        if upper == 0:
+            return None
+        low = self._branch(upper - 1, point)
+        if upper == len(axis) or axis[upper - 1] == point[0]:
+            return low
+        high = self._branch(upper, point)
+        if low is None or high is None:
+            return high if low is None else low
+        return low + (high - low) * (point[0] - axis[upper - 1]) / (axis[upper] - axis[upper - 1])
+
+    def _branch(self, index: int, point: tuple[float, ...]) -> float | None:
+        branch = self.branches[index]
+        return branch.at(point[1:]) if isinstance(branch, _Tree) else branch
