@@ -1,0 +1,92 @@
+"""Almanac for agent applications: one import, one line.
+
+::
+
+    import almanac
+
+    chat = ChatOpenAI(base_url="http://localhost:8000/v1", model="llama-3.1-8b",
+                      **almanac.openai_client_kwargs())        # adds identity headers
+    app = almanac.instrument(graph.compile(), workflow="research",
+                             gateway="http://localhost:8000")  # structure, identity, lifecycle
+    await app.ainvoke(inputs, config=almanac.run(session_id=chat_id, deadline_s=20))
+
+Optional declarations refine what is otherwise learned from runs::
+
+    @almanac.llm_call(static_prefix=PROMPT, expected_output_tokens=8)
+    async def triage(state): ...
+
+    @almanac.tool_call(expected_latency_s=0.8)
+    async def search(query): ...
+
+    @almanac.branch(outcomes=["quick", {"legal", "market"}])
+    def route(state): ...
+
+Importing this module loads nothing; each name is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.langgraph.declare import branch, llm_call, tool_call
+    from runtime.langgraph.identity import openai_client_kwargs, request_hook
+    from runtime.langgraph.instrument import instrument
+    from runtime.langgraph.ir import workflow_ir
+    from runtime.langgraph.settings import run
+
+__all__ = [
+    "branch",
+    "instrument",
+    "llm_call",
+    "openai_client_kwargs",
+    "request_hook",
+    "run",
+    "tool_call",
+    "workflow_ir",
+]
+
+_HOME = {
+    "branch": "declare",
+    "instrument": "instrument",
+    "llm_call": "declare",
+    "openai_client_kwargs": "identity",
+    "request_hook": "identity",
+    "run": "settings",
+    "tool_call": "declare",
+    "workflow_ir": "ir",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'almanac' has no attribute {name!r}")
+    _refuse_shadow()
+    value = getattr(importlib.import_module(f"runtime.langgraph.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _refuse_shadow() -> None:
+    """Raise ImportError if ``runtime`` is not the package beside this file."""
+    ours = Path(__file__).resolve().parent / "runtime"
+    loaded = sys.modules.get("runtime")
+    spec = importlib.util.find_spec("runtime") if loaded is None else loaded.__spec__
+    if spec is None:
+        return  # the import that follows says so
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    if not any(Path(place).resolve().is_relative_to(ours) for place in places):
+        raise ImportError(
+            f"{places[0]} shadows Almanac's package 'runtime' ({ours}); rename that module, or put "
+            "Almanac's folder before it on sys.path",
+            name="runtime",
+            path=str(places[0]),
+        )
