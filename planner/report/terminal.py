@@ -9,7 +9,7 @@ from planner.metrics import Spread
 from planner.report.comparison import COLUMNS, COMPARED, Column, Comparison, compare
 from planner.report.results import Results
 
-__all__ = ["align", "comparison_text", "results_table", "value_text"]
+__all__ = ["align", "comparison_text", "percent", "results_table", "value_text"]
 
 _COMPARED_NAMES = {"mean_s": "mean", "p95_s": "P95"}
 
@@ -37,14 +37,19 @@ def value_text(value: Spread | None, column: Column, *, seeds: int) -> str:
     return f"{shown} ± {value.sd * column.scale:.{column.digits}f}" if seeds > 1 else shown
 
 
+def percent(value: float) -> str:
+    """Return a relative difference as signed per cent, without decimals from 100 % on."""
+    return f"{value:+.{0 if abs(value) >= 1 else 1}%}"
+
+
 def comparison_text(comparison: Comparison | None) -> str:
-    """Return ``-12.3 % [-14.0, -10.1] win``; ``best`` is left to the caller."""
+    """Return ``-12.3% [-14.0%, -10.1%] win``, or ``-`` where nothing was compared."""
     if comparison is None:
         return "-"
     mean, low, high = comparison.difference
     if not math.isfinite(low):
-        return f"{mean:+.1%} one seed"
-    return f"{mean:+.1%} [{low:+.1%}, {high:+.1%}] {comparison.verdict}"
+        return f"{percent(mean)} (one seed)"
+    return f"{percent(mean)} [{percent(low)}, {percent(high)}] {comparison.verdict}"
 
 
 def results_table(results: Results) -> str:
