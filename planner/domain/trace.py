@@ -143,8 +143,12 @@ _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
 def record_to_json(record: TraceRecord) -> dict[str, Any]:
-    """Return the JSON form of a record, its ``type`` first."""
-    return {"type": _NAMES[type(record)], **asdict(record)}
+    """Return the JSON form of a record, its ``type`` first, times to the microsecond."""
+    values = {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in asdict(record).items()
+    }
+    return {"type": _NAMES[type(record)], **values}
 
 
 def record_from_json(raw: Any, where: str) -> TraceRecord:

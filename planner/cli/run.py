@@ -1,0 +1,279 @@
+"""`almanac run`: a LangGraph app live in front of the gateway and mock endpoints, by policy."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.cli.compare import (
+    add_comparison_arguments,
+    policy_setups,
+    progress,
+    simulate_setups,
+    tune_setups,
+)
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.table import load_table, save_table
+from planner.domain.errors import InvalidInput
+from planner.domain.estimates import load_estimates
+from planner.domain.fleet import load_fleet
+from planner.domain.run import RunSpec
+from planner.domain.trace import load_trace
+from planner.domain.workflow import Workflow, save_workflow
+from planner.metrics import summarise
+from planner.report.results import PolicyResult, Results, SeedResult, save_results
+from planner.sim.experiment import PolicySetup
+from planner.sim.workload import poisson_arrivals, sampled_workload
+
+__all__ = ["register", "run"]
+
+_TUNING_SEED = 1000
+
+
+def register(subparsers: Any) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run the demo app live under several policies",
+        description="Start mock vLLM endpoints and the gateway on loopback, run the demo LangGraph "
+        "application open-loop against them under each policy, on the same runs, and do the same "
+        "in the simulator. Tuned policies are tuned in the simulator on other seeds.",
+    )
+    parser.add_argument("--fleet", type=Path, required=True, help="fleet file with addresses")
+    parser.add_argument(
+        "--truth", type=Path, required=True, help="distributions that realise the runs"
+    )
+    parser.add_argument(
+        "--estimates", type=Path, required=True, help="forecasts the policies get (from train)"
+    )
+    parser.add_argument("--table", type=Path, help="dispatch table for policy almanac (from plan)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and traces")
+    parser.add_argument("--rate", type=float, default=1.0, help="runs per second (%(default)s)")
+    parser.add_argument("--runs", type=int, default=40, help="live runs per seed (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="live replications (%(default)s)")
+    parser.add_argument(
+        "--dilation", type=float, default=4.0,
+        help="model seconds per wall second, the same for every policy (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stream-interval", type=int, default=8, help="tokens per chunk (default: %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8100, help="gateway port (%(default)s)")
+    parser.add_argument(
+        "--noise-cv", type=float, default=0.02, help="variation of step times (%(default)s)"
+    )
+    parser.add_argument(
+        "--simulated-runs", type=int, default=150,
+        help="runs per seed in the simulated twin (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--simulated-seeds", type=int, default=12, help="replications there (%(default)s)"
+    )
+    add_comparison_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    from planner.report.terminal import results_table
+    from runtime.langgraph import demo
+    from runtime.langgraph.ir import workflow_ir
+
+    for name in ("rate", "runs", "seeds", "dilation", "stream_interval", "jobs", "tuning_seeds"):
+        if not getattr(args, name) > 0:
+            raise InvalidInput(
+                f"{getattr(args, name)!r} is too small",
+                where=f"--{name.replace('_', '-')}",
+                remedy="use a number above 0",
+            )
+    fleet = load_fleet(args.fleet)
+    for endpoint in fleet.endpoints:
+        if endpoint.url is None:
+            raise InvalidInput(
+                f"worker {endpoint.id!r} has no url",
+                where=str(args.fleet),
+                remedy="give it an address on loopback",
+            )
+    workflow = Workflow.from_json(workflow_ir(demo.app()), where="demo app")
+    truth = load_estimates(args.truth).workflows.get(workflow.content_hash)
+    if truth is None:
+        raise InvalidInput(
+            f"no distributions for workflow {workflow.content_hash}",
+            where=str(args.truth),
+            remedy="give the truth file of the demo app",
+        )
+    estimates = load_estimates(args.estimates)
+    table = load_table(args.table) if args.table else None
+    if table is not None:
+        table.check_fleet(fleet)
+    setups = policy_setups(args.policies, table)
+    forecaster = Forecaster(estimates, [workflow])
+
+    def workload(seed: int, count: int) -> tuple[RunSpec, ...]:
+        rng = np.random.default_rng([seed, 7])
+        times = poisson_arrivals(args.rate, count, rng)
+        return sampled_workload(workflow, truth, times, seed=seed)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.no_tune:
+        progress("tuning in the simulator, on runs that are not used again")
+        tuning = {
+            _TUNING_SEED + k: workload(_TUNING_SEED + k, args.simulated_runs)
+            for k in range(args.tuning_seeds)
+        }
+        setups = tune_setups(
+            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs
+        )
+    settings = {
+        "fleet": fleet.name,
+        "workflow": workflow.name,
+        "rate_rps": args.rate,
+        "seeds": args.seeds,
+        "noise_cv": args.noise_cv,
+        "tuned": not args.no_tune,
+    }
+    save_workflow(workflow, args.out / "workflow.json")
+    shutil.copyfile(args.fleet, args.out / "fleet.yaml")
+    for setup in setups:
+        if setup.table is not None:
+            save_table(setup.table, args.out / "table.json")
+    progress("simulating the same question over more seeds")
+    twin = simulate_setups(
+        setups,
+        {seed: workload(seed, args.simulated_runs) for seed in range(args.simulated_seeds)},
+        fleet,
+        forecaster,
+        title=f"simulated twin: {workflow.name} on fleet {fleet.name}",
+        settings={**settings, "seeds": args.simulated_seeds, "runs_per_seed": args.simulated_runs},
+        noise_cv=args.noise_cv,
+        jobs=args.jobs,
+    )
+    save_results(twin, args.out / "simulated.json")
+    results = _live(args, setups, workflow, {s: workload(s, args.runs) for s in range(args.seeds)})
+    results = Results(
+        title=f"live: {workflow.name} on fleet {fleet.name}",
+        mode="live",
+        settings={
+            **settings,
+            "runs_per_seed": args.runs,
+            "dilation": args.dilation,
+            "stream_interval": args.stream_interval,
+        },
+        policies=results,
+    )
+    save_results(results, args.out)
+    if args.json:
+        print(json.dumps({"live": results.to_json(), "simulated": twin.to_json()}))
+    else:
+        print(results_table(results))
+        print()
+        print(results_table(twin))
+    return 0
+
+
+def _live(
+    args: argparse.Namespace,
+    setups: Sequence[PolicySetup],
+    workflow: Workflow,
+    workloads: dict[int, tuple[RunSpec, ...]],
+) -> tuple[PolicyResult, ...]:
+    from runtime.live import LiveServers, app_environment
+
+    gateway = ["--estimates", str(args.estimates), "--policy", "round_robin"]
+    gateway += ["--workflow", str(args.out / "workflow.json")]
+    if any(setup.table is not None for setup in setups):
+        gateway += ["--table", str(args.out / "table.json")]
+    traces = args.out / "traces"
+    shutil.rmtree(traces, ignore_errors=True)
+    traces.mkdir(parents=True)
+    fleet = load_fleet(args.fleet)
+    found: dict[str, list[SeedResult]] = {setup.policy: [] for setup in setups}
+    total = len(setups) * len(workloads)
+    with (
+        app_environment(),
+        LiveServers(
+            args.fleet,
+            fleet,
+            port=args.port,
+            dilation=args.dilation,
+            stream_interval=args.stream_interval,
+            noise_cv=args.noise_cv,
+            seed=0,
+            gateway_arguments=gateway,
+            folder=args.out / "logs",
+        ) as servers,
+    ):
+        number = 0
+        for seed, runs in workloads.items():
+            # Policies alternate within a seed, so that slow drifts of the machine hit all alike.
+            for setup in setups:
+                number += 1
+                name = f"traces/{setup.policy}-{seed}.jsonl"
+                servers.begin(_policy_text(setup), args.out / name)
+                failed, late_s = asyncio.run(_drive(args, servers.url, runs))
+                servers.end()
+                metrics = summarise(load_trace(args.out / name))
+                found[setup.policy].append(SeedResult(seed=seed, metrics=metrics, trace=name))
+                mean = "-" if metrics.mean_s is None else f"{metrics.mean_s:.2f} s"
+                progress(
+                    f"[{number}/{total}] live {setup.policy} seed {seed}: mean run latency {mean}, "
+                    f"{failed} failed, starts late by at most {late_s * 1e3:.0f} ms"
+                )
+    return tuple(
+        PolicyResult(
+            policy=setup.policy,
+            label=setup.policy,
+            parameters=setup.shown_parameters,
+            seeds=tuple(found[setup.policy]),
+        )
+        for setup in setups
+    )
+
+
+def _policy_text(setup: PolicySetup) -> str:
+    parameters = ",".join(f"{name}={value!r}" for name, value in setup.parameters.items())
+    return f"{setup.policy}:{parameters}" if parameters else setup.policy
+
+
+async def _drive(args: argparse.Namespace, url: str, runs: Sequence[RunSpec]) -> tuple[int, float]:
+    from runtime.langgraph import demo
+    from runtime.langgraph.instrument import instrument
+    from runtime.live import drive
+
+    graph = demo.build(f"{url}/v1", script_dilation=args.dilation)
+    app = instrument(graph, workflow="research", gateway=url)
+    try:
+        return await drive(
+            lambda spec: demo.run_once(
+                app, {"tasks": _script(spec)}, run_id=spec.run_id, session_id=None
+            ),
+            runs,
+            dilation=args.dilation,
+            limit_s=120.0 + 20 * runs[-1].arrival_s / args.dilation,
+        )
+    finally:
+        await app.aclose()
+
+
+def _script(spec: RunSpec) -> list[dict[str, Any]]:
+    """Return a run's tasks as the demo app takes them: what the mock model will say, and when."""
+    return [
+        {
+            "node": task.node,
+            "visit": task.visit,
+            "prompt_tokens": task.prompt_tokens,
+            "static_tokens": task.prompt[0].tokens if len(task.prompt) > 1 else 0,
+            "output_tokens": task.output_tokens,
+            "delay_s": task.delay_s,
+            "outcomes": [list(pair) for pair in task.outcomes],
+        }
+        for task in spec.tasks
+    ]

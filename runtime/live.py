@@ -1,0 +1,269 @@
+"""A live comparison: mock fleet and gateway as processes of their own, a LangGraph app in front.
+
+Runs arrive open-loop: each starts at its own instant, whatever the system does. Between two
+policies the caches are emptied and the gateway gets a fresh router, so that each starts equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from planner.domain.errors import EndpointFailed
+from planner.domain.fleet import Fleet
+from planner.domain.run import RunSpec
+from planner.domain.workflow import Workflow
+
+__all__ = ["LiveServers", "app_environment", "drive"]
+
+_START_LIMIT_S = 60.0
+_STOP_LIMIT_S = 15.0
+_KEY_VARIABLE = "ALMANAC_ADMIN_KEY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launch:
+    name: str
+    arguments: tuple[str, ...]
+    ready_urls: tuple[str, ...]
+    log: Path
+
+
+class LiveServers:
+    """The mock fleet and the gateway in front of it, as a context manager.
+
+    Parameters
+    ----------
+    fleet_file, fleet
+        The fleet; its addresses are where the mock endpoints listen.
+    port
+        Port of the gateway on loopback.
+    dilation
+        Model seconds per wall second, the same in mocks and gateway.
+    stream_interval
+        Tokens per streamed chunk.
+    gateway_arguments
+        Further arguments of `almanac serve`.
+    folder
+        Receives the two logs.
+
+    Raises
+    ------
+    EndpointFailed
+        If a process ends or does not answer in time; the message holds the end of its log.
+    """
+
+    def __init__(
+        self,
+        fleet_file: Path,
+        fleet: Fleet,
+        *,
+        port: int,
+        dilation: float,
+        stream_interval: int,
+        noise_cv: float,
+        seed: int,
+        gateway_arguments: Sequence[str],
+        folder: Path,
+    ) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._fleet = fleet
+        self._processes: list[tuple[subprocess.Popen[bytes], _Launch]] = []
+        self._key = secrets.token_urlsafe(24)
+        self._http = httpx.Client(timeout=10.0, trust_env=False)
+        self._launches = (
+            _Launch(
+                name="mock fleet",
+                arguments=(
+                    "mock-fleet", str(fleet_file), "--dilation", str(dilation),
+                    "--stream-interval", str(stream_interval), "--noise-cv", str(noise_cv),
+                    "--seed", str(seed),
+                ),
+                ready_urls=tuple(f"{one.url}/health" for one in fleet.endpoints),
+                log=folder / "mock-fleet.log",
+            ),
+            _Launch(
+                name="gateway",
+                arguments=(
+                    "serve", str(fleet_file), "--port", str(port), "--dilation", str(dilation),
+                    "--admin-key-env", _KEY_VARIABLE, *gateway_arguments,
+                ),
+                ready_urls=(f"{self.url}/readiness",),
+                log=folder / "gateway.log",
+            ),
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        try:
+            for launch in self._launches:
+                self._start(launch)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, launch: _Launch) -> None:
+        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        with launch.log.open("wb") as log:
+            process = subprocess.Popen(  # noqa: S603 - our own command with our own arguments
+                [sys.executable, "-m", "planner.cli.main", *launch.arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, _KEY_VARIABLE: self._key},
+                # A Ctrl-C goes to this process, which then stops the others in order.
+                start_new_session=True,
+            )
+        self._processes.append((process, launch))
+        end_s = time.monotonic() + _START_LIMIT_S
+        for url in launch.ready_urls:
+            while not self._answers(url):
+                if process.poll() is not None or time.monotonic() > end_s:
+                    said = launch.log.read_text(errors="replace").strip()[-800:]
+                    state = (
+                        f"ended with code {process.returncode}"
+                        if process.returncode is not None
+                        else f"did not answer at {url} within {_START_LIMIT_S:.0f} s"
+                    )
+                    raise EndpointFailed(f"the {launch.name} {state}; its log ends: {said}")
+                time.sleep(0.05)
+
+    def _answers(self, url: str) -> bool:
+        try:
+            return self._http.get(url).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def admin(self, path: str, body: Mapping[str, Any]) -> None:
+        """Post to an admin route of the gateway.
+
+        Raises
+        ------
+        EndpointFailed
+            If the gateway refuses.
+        """
+        answer = self._http.post(
+            f"{self.url}/almanac/v1/{path}",
+            json=body,
+            headers={"authorization": f"Bearer {self._key}"},
+        )
+        if answer.status_code != 200:
+            raise EndpointFailed(
+                f"the gateway answered {answer.status_code} to {path}: {answer.text[:300]}"
+            )
+
+    def begin(self, policy: str, trace: Path) -> None:
+        """Start afresh: empty caches, a new router under ``policy``, a new trace file."""
+        for endpoint in self._fleet.endpoints:
+            answer = self._http.post(f"{endpoint.url}/reset_prefix_cache")
+            if answer.status_code != 200:
+                raise EndpointFailed(
+                    f"endpoint {endpoint.id} did not empty its cache ({answer.status_code})"
+                )
+        self.admin("policy", {"policy": policy})
+        self.admin("trace", {"path": str(trace.resolve())})
+
+    def end(self) -> None:
+        """Close the present trace."""
+        self.admin("trace", {"path": None})
+
+    def register(self, workflow: Workflow) -> None:
+        """Tell the gateway a workflow graph."""
+        self._http.post(
+            f"{self.url}/almanac/v1/workflows", json=workflow.to_json()
+        ).raise_for_status()
+
+    def close(self) -> None:
+        """Stop both processes, the gateway first."""
+        self._http.close()
+        for process, _ in reversed(self._processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process, _ in reversed(self._processes):
+            try:
+                process.wait(_STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._processes.clear()
+
+
+@contextlib.contextmanager
+def app_environment() -> Iterator[None]:
+    """Keep the app's libraries from phoning home while it runs."""
+    names = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "false"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+async def drive(
+    launch: Callable[[RunSpec], Any],
+    runs: Sequence[RunSpec],
+    *,
+    dilation: float,
+    limit_s: float,
+) -> tuple[int, float]:
+    """Start each run at its arrival and wait for all of them.
+
+    Parameters
+    ----------
+    launch
+        Returns an awaitable that executes a run to its end.
+    dilation
+        Model seconds per wall second.
+    limit_s
+        Wall seconds after which what is left is cancelled and counted as failed.
+
+    Returns
+    -------
+    (failed runs, largest lateness of a start in wall seconds)
+    """
+    loop = asyncio.get_running_loop()
+    start_s = loop.time() + 0.05
+    late_s = 0.0
+
+    async def one(run: RunSpec) -> None:
+        nonlocal late_s
+        due_s = start_s + run.arrival_s / dilation
+        await asyncio.sleep(max(0.0, due_s - loop.time()))
+        late_s = max(late_s, loop.time() - due_s)
+        await launch(run)
+
+    tasks = [asyncio.create_task(one(run)) for run in runs]
+    try:
+        _, pending = await asyncio.wait(tasks, timeout=limit_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    failed = sum(isinstance(result, BaseException) for result in results)
+    return max(failed, len(pending)), late_s
