@@ -160,7 +160,11 @@ def _attribute(module: ModuleType, attribute: str, source: str) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError as error:
-            known = sorted(name for name in vars(module) if hasattr(vars(module)[name], "invoke"))
+            known = sorted(
+                name
+                for name, found in vars(module).items()
+                if hasattr(found, "get_graph") and hasattr(found, "builder")
+            )
             raise InvalidInput(
                 f"no {part!r} in {module.__name__}",
                 where=source,
