@@ -55,6 +55,9 @@ class Violation:
     rule: str
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.message}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
