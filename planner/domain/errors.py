@@ -13,6 +13,7 @@ PlannerError
     NoEndpointAvailable            no healthy endpoint can take the call
     EndpointFailed                 an endpoint did not do what it promised
     IllegalEvent                   an event that its state does not allow
+  DownloadFailed                   a public dataset could not be fetched whole and unchanged
 """
 
 from __future__ import annotations
@@ -83,3 +84,7 @@ class EndpointFailed(DispatchError):
 
 class IllegalEvent(DispatchError):
     """An event that the current state does not allow; nothing was changed."""
+
+
+class DownloadFailed(PlannerError):
+    """A public dataset could not be fetched whole and unchanged; the message says what to do."""
