@@ -1,0 +1,460 @@
+"""What a gateway process knows and can be told: router, runs, workflows, table, trace, health.
+
+No HTTP here: `runtime.gateway` translates requests into these methods. Everything is synchronous
+except `place`, so each call sees and leaves a consistent state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from planner.dispatch.events import Call, RunEnded, RunStarted
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.policies import Policy, make_policy, parse_policy
+from planner.dispatch.policies.planned import Planned
+from planner.dispatch.router import Router
+from planner.dispatch.table import DispatchTable
+from planner.domain.errors import InvalidInput
+from planner.domain.estimates import EstimateTable
+from planner.domain.fleet import Fleet
+from planner.domain.trace import CallRecord, TraceRecord
+from planner.domain.workflow import START, Workflow
+from runtime.clock import Clock
+from runtime.config import GatewayConfig
+from runtime.dispatcher import Dispatcher, Moved, Ticket
+from runtime.fingerprint import TokenScale
+from runtime.health import Breaker
+from runtime.identity import Identity
+from runtime.metrics import GatewayMetrics
+from runtime.runs import Run, RunBook
+from runtime.traces import TraceWriter
+
+__all__ = ["Control"]
+
+_log = logging.getLogger(__name__)
+
+
+class Control:
+    """The state of one gateway.
+
+    Parameters
+    ----------
+    fleet
+        Endpoints, each with an address.
+    estimates, workflows
+        Forecasts, and graphs known from the start.
+    policy
+        ``name`` or ``name:key=value,...``.
+    table
+        Dispatch table for the ``almanac`` policy, or None.
+    config
+        Settings.
+    clock
+        Made from the dilation if None.
+
+    Raises
+    ------
+    InvalidInput
+        If an endpoint has no address, or policy or table do not fit.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        estimates: EstimateTable | None = None,
+        workflows: Iterable[Workflow] = (),
+        policy: str = "almanac",
+        table: DispatchTable | None = None,
+        config: GatewayConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        for position, endpoint in enumerate(fleet.endpoints):
+            if endpoint.url is None:
+                raise InvalidInput(
+                    f"endpoint {endpoint.id!r} has no address",
+                    where=f"workers[{position}].url",
+                    remedy="add url: http://host:port",
+                )
+        self.fleet = fleet
+        self.config = config or GatewayConfig()
+        self.clock = clock or Clock(self.config.dilation)
+        self.models = tuple(dict.fromkeys(endpoint.model for endpoint in fleet.endpoints))
+        self.metrics = GatewayMetrics()
+        self.scale = TokenScale()
+        self.runs = RunBook()
+        self.breakers = [
+            Breaker(failures=self.config.breaker_failures, pause_s=self.config.breaker_pause_s)
+            for _ in fleet.endpoints
+        ]
+        self._forecaster = Forecaster(estimates or EstimateTable(), seed=self.config.seed)
+        self._workflows: dict[str, Workflow] = {}
+        self._by_name: dict[str, Workflow] = {}
+        self._predicted_s: dict[str, float | None] = {}
+        for workflow in workflows:
+            self.add_workflow(workflow)
+        self._table: DispatchTable | None = None
+        self._table_version = ""
+        self._trace: TraceWriter | None = None
+        self._errors = _ErrorStats()
+        if table is not None:
+            self._set_table(table)
+        self.policy_text = policy
+        self._dispatcher = self._new_dispatcher(policy)
+
+    @property
+    def router(self) -> Router:
+        """The router in use."""
+        return self._dispatcher.router
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one endpoint is up."""
+        return any(not breaker.down for breaker in self.breakers)
+
+    # Policy, table, trace, workflows
+
+    def set_policy(self, text: str) -> None:
+        """Switch to a policy with a fresh router; held calls move over.
+
+        Calls in flight end with the router that sent them; the new one does not count them, so
+        switch in quiet moments where loads matter.
+
+        Raises
+        ------
+        InvalidInput
+            If the text names no policy or parameter; the old policy stays.
+        """
+        fresh = self._new_dispatcher(text)
+        old, self._dispatcher = self._dispatcher, fresh
+        self.policy_text = text
+        self._errors = _ErrorStats()
+        old.move_held()
+
+    def set_table(self, table: DispatchTable) -> None:
+        """Swap the dispatch table; decisions already made stay.
+
+        Raises
+        ------
+        InvalidInput
+            If it was made for another fleet; the old table stays.
+        """
+        self._set_table(table)
+        if isinstance(self.router.policy, Planned):
+            self.router.policy.table = table
+            self._dispatcher.table_version = self._table_version
+
+    def set_trace(self, path: Path | None, **header: Any) -> None:
+        """Close the trace in use, if any, and open another one, if any.
+
+        Raises
+        ------
+        InvalidInput
+            If the new file cannot be written; the old trace stays open.
+        """
+        fresh = None
+        if path is not None:
+            facts = {
+                "source": "gateway",
+                "fleet": self.fleet.name,
+                "fleet_hash": self.fleet.content_hash(),
+                "policy": self.policy_text,
+                "dilation": self.clock.dilation,
+                **header,
+            }
+            fresh = TraceWriter(path, now_s=self.clock.now_s(), header=facts)
+        old, self._trace = self._trace, fresh
+        if old is not None:
+            old.close()
+
+    def add_workflow(self, workflow: Workflow) -> None:
+        """Learn a workflow graph; one that is known already costs nothing."""
+        key = workflow.content_hash
+        self._by_name[workflow.name] = workflow
+        if key in self._workflows:
+            return
+        self._forecaster.add_workflow(workflow, seed=self.config.seed)
+        self._workflows[key] = workflow
+        self._predicted_s[key] = self._run_forecast(workflow)
+
+    def close(self) -> None:
+        """Write the records of runs still open, and close the trace."""
+        for record in self.runs.expire(float("inf"), 0.0):
+            self._write(record)
+        self.set_trace(None)
+
+    # Calls
+
+    async def place(self, call: Call, exclude: frozenset[int], attempt: int) -> Ticket:
+        """Return a ticket for an attempt; see `Dispatcher.place`."""
+        while True:
+            try:
+                ticket = await self._dispatcher.place(call, exclude, attempt)
+            except Moved:
+                continue
+            send = ticket.send
+            endpoint_id = self.fleet.endpoints[send.endpoint].id
+            self.metrics.decisions.inc(self.router.policy.name, send.reason)
+            self.metrics.selected.inc(endpoint_id)
+            return ticket
+
+    def others(self, model: str | None, exclude: frozenset[int]) -> bool:
+        """Return whether an endpoint is left that is up and not excluded."""
+        return bool(self.router.view.candidates(model, exclude))
+
+    def run_of(self, identity: Identity) -> Run:
+        """Return the run a call or event belongs to, starting it if it is new."""
+        now_s = self.clock.now_s()
+        run = self.runs.find(identity.run_id)
+        if run is None:
+            given = identity.workflow
+            # Known names are accepted too; of anything else the client's word is kept as hash.
+            workflow = self._workflows.get(given) or self._by_name.get(given)
+            key = workflow.content_hash if workflow else given
+            run = Run(
+                run_id=identity.run_id,
+                workflow=workflow.name if workflow else "",
+                workflow_hash=key,
+                session_id=identity.session_id,
+                arrival_s=now_s,
+                predicted_s=self._predicted_s.get(key),
+                last_s=now_s,
+            )
+            self.runs.add(run)
+            self.router.handle(RunStarted(run_id=run.run_id, workflow_hash=key, now_s=now_s))
+        run.last_s = now_s
+        return run
+
+    def end_run(self, run_id: str, status: str = "ok") -> bool:
+        """End a run; return whether it was in progress."""
+        now_s = self.clock.now_s()
+        record = self.runs.end(run_id, now_s, status)
+        if record is None:
+            return False
+        self._write(record)
+        self.router.handle(RunEnded(run_id=run_id, now_s=now_s))
+        return True
+
+    def expire_runs(self) -> None:
+        """End the runs nothing was heard of for long."""
+        now_s = self.clock.now_s()
+        for record in self.runs.expire(now_s, self.config.run_idle_s):
+            self._write(record)
+            self.router.handle(RunEnded(run_id=record.run_id, now_s=now_s))
+
+    def take_events(self, events: Sequence[Any]) -> int:
+        """Apply lifecycle events; return how many were understood. The others are counted."""
+        taken = 0
+        for event in events:
+            kind = event.get("type") if isinstance(event, dict) else None
+            understood = kind in _EVENTS and self._take(kind, event)
+            taken += understood
+            self.metrics.events.inc(
+                str(kind) if kind in _EVENTS else "unknown", str(understood).lower()
+            )
+        return taken
+
+    def _take(self, kind: str, event: dict[str, Any]) -> bool:
+        run_id = _text(event, "run_id")
+        if not run_id:
+            return False
+        if kind == "run_end":
+            return self.end_run(run_id, _status(event))
+        run = self.run_of(
+            Identity(
+                run_id=run_id,
+                workflow=_text(event, "workflow_hash") or _text(event, "workflow"),
+                session_id=_text(event, "session_id") or None,
+            )
+        )
+        run.workflow = run.workflow or _text(event, "workflow")
+        run.workflow_hash = run.workflow_hash or _text(event, "workflow_hash")
+        run.session_id = run.session_id or _text(event, "session_id") or None
+        now_s = self.clock.now_s()
+        visit = event.get("visit")
+        visit = visit if isinstance(visit, int) and visit >= 0 else 0
+        node = _text(event, "node")
+        if kind == "tool_start":
+            self.runs.tool_started(run, node, visit, now_s)
+        elif kind == "tool_end":
+            record = self.runs.tool_ended(run, node, visit, now_s, _status(event))
+            if record is None:
+                return False
+            self._write(record)
+        elif kind == "branch":
+            branch, outcome = _text(event, "branch"), _text(event, "outcome")
+            if not branch or not outcome:
+                return False
+            self._write(self.runs.branch_taken(run, branch, outcome, visit, now_s))
+        return True
+
+    # Endpoints
+
+    def endpoint_ok(self, index: int) -> None:
+        """Note a good answer of an endpoint."""
+        self.breakers[index].success()
+
+    def endpoint_failed(self, index: int, reason: str, *, unreachable: bool = False) -> None:
+        """Note a failure of an endpoint; it may go down by it."""
+        if self.breakers[index].failure(time.monotonic(), unreachable=unreachable):
+            self._dispatcher.endpoint_down(index)
+            _log.warning(
+                "endpoint down",
+                extra={"endpoint": self.fleet.endpoints[index].id, "reason": reason},
+            )
+
+    def endpoint_recovered(self, index: int) -> None:
+        """Note a good probe of an endpoint that was down."""
+        breaker = self.breakers[index]
+        if breaker.down:
+            breaker.recovered()
+            self._dispatcher.endpoint_up(index, cold=breaker.cold)
+            _log.info("endpoint up", extra={"endpoint": self.fleet.endpoints[index].id})
+
+    def to_probe(self) -> list[int]:
+        """Return the endpoints that are down and may be probed now."""
+        now_s = time.monotonic()
+        return [i for i, breaker in enumerate(self.breakers) if breaker.may_probe(now_s)]
+
+    def retry_after_s(self) -> float:
+        """Return when a refused client may try again: the next probe of an endpoint."""
+        now_s = time.monotonic()
+        soonest = min(breaker.pause_left_s(now_s) for breaker in self.breakers)
+        return soonest + self.config.probe_interval_s
+
+    # Views
+
+    def metrics_text(self) -> str:
+        """Return the Prometheus exposition."""
+        return self.metrics.render(self.router.view, held=self.router.held, runs=len(self.runs))
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return what the router knows and how good its forecasts are, JSON-ready."""
+        return {
+            "policy": self.policy_text,
+            "table_version": self._table_version,
+            "estimates_version": self._forecaster.estimates.version,
+            "fleet": {"name": self.fleet.name, "hash": self.fleet.content_hash()},
+            "clock_s": round(self.clock.now_s(), 3),
+            "dilation": self.clock.dilation,
+            "trace": str(self._trace.path) if self._trace else None,
+            "in_flight": self.router.in_flight,
+            "held": self.router.held,
+            "runs_active": len(self.runs),
+            "workflows": {key: one.name for key, one in self._workflows.items()},
+            "forecast": self._errors.to_json(),
+            "endpoints": [
+                {
+                    "id": state.endpoint.id,
+                    "url": state.endpoint.url,
+                    "model": state.endpoint.model,
+                    "up": state.healthy,
+                    "in_flight": state.in_flight,
+                    "decoding": state.decoding,
+                    "prefill_tokens": round(state.prefill_tokens, 1),
+                    "context_tokens": round(state.context_tokens, 1),
+                    "prefix_tokens": round(state.prefix.held_tokens, 1),
+                }
+                for state in self.router.view.states
+            ],
+        }
+
+    # Inside
+
+    def _new_dispatcher(self, text: str) -> Dispatcher:
+        name, parameters = parse_policy(text)
+        policy: Policy
+        if name == Planned.name:
+            given: dict[str, Any] = {**parameters, "table": self._table}
+            policy = make_policy(name, seed=self.config.seed, **given)
+        else:
+            policy = make_policy(name, seed=self.config.seed, **parameters)
+        dispatcher = Dispatcher(
+            Router(self.fleet, policy, self._forecaster),
+            self.clock,
+            self._ended,
+            table_version=self._table_version if name == Planned.name else "",
+            hold_limit=self.config.hold_limit,
+            hold_timeout_s=self.config.hold_timeout_s,
+        )
+        for index, breaker in enumerate(self.breakers):
+            if breaker.down:
+                dispatcher.endpoint_down(index)
+        return dispatcher
+
+    def _set_table(self, table: DispatchTable) -> None:
+        table.check_fleet(self.fleet)
+        self._table, self._table_version = table, table.version
+
+    def _ended(self, record: CallRecord) -> None:
+        self.metrics.outcomes.inc(record.endpoint, record.status)
+        if record.status == "ok":
+            self._errors.add(record)
+        self._write(record)
+
+    def _write(self, record: TraceRecord) -> None:
+        if self._trace is None:
+            return
+        try:
+            self._trace.write(record)
+        except OSError as error:
+            # A full disk must not fail calls.
+            _log.error("trace given up", extra={"path": str(self._trace.path), "error": str(error)})
+            trace, self._trace = self._trace, None
+            with contextlib.suppress(OSError):
+                trace.close()
+
+    def _run_forecast(self, workflow: Workflow) -> float | None:
+        estimate = self._forecaster.estimates.workflows.get(workflow.content_hash)
+        if estimate is None:
+            return None
+        entries = [estimate.remaining_s.get(node) for node in workflow.successors[START]]
+        known = [value for value in entries if value is not None]
+        return max(known, default=None)
+
+
+_EVENTS = frozenset({"run_start", "run_end", "tool_start", "tool_end", "branch"})
+_STATUSES = frozenset({"ok", "failed", "cancelled"})
+
+
+def _text(event: dict[str, Any], name: str) -> str:
+    value = event.get(name)
+    return value[:200] if isinstance(value, str) else ""
+
+
+def _status(event: dict[str, Any]) -> str:
+    value = event.get("status", "ok")
+    return value if value in _STATUSES else "failed"
+
+
+class _ErrorStats:
+    """Forecast against actual service of the calls that ended well, in engine seconds."""
+
+    __slots__ = ("_absolute_s", "_actual_s", "_calls", "_signed_s")
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._signed_s = self._absolute_s = self._actual_s = 0.0
+
+    def add(self, record: CallRecord) -> None:
+        if record.predicted_finish_s is None or record.finish_s is None:
+            return
+        error_s = record.predicted_finish_s - record.finish_s
+        self._calls += 1
+        self._signed_s += error_s
+        self._absolute_s += abs(error_s)
+        self._actual_s += record.finish_s - record.sent_s
+
+    def to_json(self) -> dict[str, float | int | None]:
+        calls = self._calls
+        return {
+            "calls": calls,
+            "mean_actual_s": self._actual_s / calls if calls else None,
+            "mean_error_s": self._signed_s / calls if calls else None,
+            "mean_absolute_error_s": self._absolute_s / calls if calls else None,
+        }

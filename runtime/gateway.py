@@ -1,0 +1,377 @@
+"""The gateway's HTTP side: one port, the OpenAI routes, lifecycle events, and admin routes.
+
+============================================  ====================================================
+route                                         purpose
+============================================  ====================================================
+POST /v1/chat/completions, /v1/completions,   scheduled and passed on; unknown fields untouched
+/v1/embeddings, /v1/responses
+GET /v1/models, /v1/models/{id}               the fleet's models
+GET /health, /readiness                       alive; 503 until an endpoint is up
+GET /version, /metrics                        versions; Prometheus text
+POST /almanac/v1/workflows                    register a workflow graph
+POST /almanac/v1/events                       run, tool and branch events
+GET /almanac/v1/diagnostics                   (admin) what the router knows
+POST /almanac/v1/policy, table, trace         (admin) switch policy, swap table, open a trace
+============================================  ====================================================
+
+Admin routes need ``authorization: Bearer <key>`` and are off without a configured key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from planner import __version__
+from planner.dispatch.table import DispatchTable
+from planner.domain.errors import InvalidInput
+from planner.domain.workflow import Workflow
+from runtime.control import Control
+from runtime.endpoints import EndpointLink
+from runtime.forwarding import ClientGone, Forwarder
+from runtime.prometheus import CONTENT_TYPE
+from runtime.transport import open_session
+from runtime.wire import ApiError
+
+__all__ = ["Gateway"]
+
+_log = logging.getLogger(__name__)
+
+_INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+_KEPT_BACK = frozenset(
+    {
+        "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+        "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "x-request-id",
+    }
+)  # fmt: skip
+"""Request headers that end at the gateway."""
+_EXPIRE_EVERY_S = 5.0
+
+
+class Gateway:
+    """A running gateway; an async context manager.
+
+    Parameters
+    ----------
+    control
+        Its state; closed with the gateway.
+    host, port
+        Where to listen; port 0 takes a free one.
+    """
+
+    def __init__(self, control: Control, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+        self.control = control
+        self._host = host
+        self._port = port
+        self._runner: web.AppRunner | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._exits = contextlib.AsyncExitStack()
+        self._links: list[EndpointLink] = []
+        self._forwarder: Forwarder
+
+    @property
+    def address(self) -> str:
+        """Base address, once started."""
+        assert self._runner is not None  # noqa: S101 - documented
+        host, port, *_ = self._runner.addresses[0]
+        return f"http://{host}:{port}"
+
+    async def start(self) -> list[str]:
+        """Look at all endpoints once, start listening, and go on looking after them.
+
+        Returns
+        -------
+        list of str
+            Ids of the endpoints that did not answer; they are down until a probe succeeds.
+
+        Raises
+        ------
+        InvalidInput
+            If the port cannot be bound; nothing stays open.
+        """
+        try:
+            config = self.control.config
+            session = await self._exits.enter_async_context(
+                open_session(
+                    connect_timeout_s=config.connect_timeout_s,
+                    read_timeout_s=config.read_timeout_s,
+                )
+            )
+            self._exits.callback(self.control.close)
+            self._links = [
+                EndpointLink(endpoint, session) for endpoint in self.control.fleet.endpoints
+            ]
+            self._forwarder = Forwarder(self.control, self._links)
+            answers = await asyncio.gather(*(link.healthy() for link in self._links))
+            missing = []
+            for index, well in enumerate(answers):
+                if not well:
+                    self.control.endpoint_failed(index, "silent at start", unreachable=True)
+                    missing.append(str(self._links[index].endpoint.id))
+            self._runner = web.AppRunner(
+                self.app(),
+                handler_cancellation=True,  # a client that leaves cancels its attempt
+                access_log=None,
+                shutdown_timeout=config.drain_s,
+            )
+            await self._runner.setup()
+            self._exits.push_async_callback(self._runner.cleanup)
+            try:
+                await web.TCPSite(self._runner, self._host, self._port).start()
+            except OSError as error:
+                raise InvalidInput(
+                    f"port {self._port} on {self._host} cannot be bound ({error.strerror})",
+                    where="--port",
+                    remedy="stop what uses it or choose another port",
+                ) from error
+            for job in (self._probe_loop(), self._expire_loop()):
+                task = asyncio.create_task(job)
+                self._tasks.append(task)
+        except BaseException:
+            await self.aclose()
+            raise
+        return missing
+
+    async def aclose(self) -> None:
+        """Stop listening, let calls in flight end (``drain_s``), then close everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        await self._exits.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_details: object) -> None:
+        await self.aclose()
+
+    def app(self) -> web.Application:
+        """Return the routes."""
+        app = web.Application(
+            client_max_size=self.control.config.max_body_bytes, middlewares=[_errors]
+        )
+        app.add_routes([web.post(path, self._infer) for path in _INFERENCE])
+        app.add_routes(
+            [
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{id:.+}", self._model),
+                web.get("/health", self._health),
+                web.get("/readiness", self._readiness),
+                web.get("/version", self._version),
+                web.get("/metrics", self._metrics),
+                web.post("/almanac/v1/workflows", self._workflows),
+                web.post("/almanac/v1/events", self._events),
+                web.get("/almanac/v1/diagnostics", self._admin(self._diagnostics)),
+                web.post("/almanac/v1/policy", self._admin(self._policy)),
+                web.post("/almanac/v1/table", self._admin(self._table)),
+                web.post("/almanac/v1/trace", self._admin(self._trace)),
+            ]
+        )
+        return app
+
+    # Inference
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        headers = request.headers
+        passed_on = {
+            name: value for name, value in headers.items() if name.lower() not in _KEPT_BACK
+        }
+        if self._is_admin(request):
+            passed_on = {n: v for n, v in passed_on.items() if n.lower() != "authorization"}
+        downstream = _ClientStream(request)
+        try:
+            answer = await self._forwarder.serve(request.path, body, headers, passed_on, downstream)
+        except ClientGone:
+            return downstream.abandoned()
+        if answer is None:
+            return await downstream.finish()
+        return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+
+    # Facts
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        cards = [_card(model) for model in self.control.models]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        model = request.match_info["id"]
+        if model not in self.control.models:
+            raise ApiError(404, f"The model `{model[:200]}` does not exist.", param="model")
+        return web.json_response(_card(model))
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _readiness(self, _request: web.Request) -> web.Response:
+        if not self.control.ready:
+            raise ApiError(503, "No endpoint is up.", retry_after_s=self.control.retry_after_s())
+        return web.Response()
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return web.json_response({"version": __version__})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=self.control.metrics_text().encode(), headers={"Content-Type": CONTENT_TYPE}
+        )
+
+    # Workflows and events
+
+    async def _workflows(self, request: web.Request) -> web.Response:
+        workflow = Workflow.from_json(await _json(request))
+        self.control.add_workflow(workflow)
+        return web.json_response({"workflow": workflow.name, "hash": workflow.content_hash})
+
+    async def _events(self, request: web.Request) -> web.Response:
+        document = await _json(request)
+        events = document.get("events")
+        if not isinstance(events, list):
+            raise ApiError(400, 'Write {"events": [...]}.', param="events")
+        taken = self.control.take_events(events)
+        return web.json_response({"taken": taken, "ignored": len(events) - taken})
+
+    # Admin
+
+    def _admin(
+        self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        """Return the handler behind the key."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            if self.control.config.admin_key is None:
+                raise ApiError(403, "Admin routes are off; start the gateway with an admin key.")
+            if not self._is_admin(request):
+                raise ApiError(401, "Wrong or missing admin key.")
+            return await handler(request)
+
+        return guarded
+
+    def _is_admin(self, request: web.Request) -> bool:
+        key = self.control.config.admin_key
+        given = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        return key is not None and hmac.compare_digest(given, f"Bearer {key}".encode())
+
+    async def _diagnostics(self, _request: web.Request) -> web.Response:
+        return web.json_response(self.control.diagnostics())
+
+    async def _policy(self, request: web.Request) -> web.Response:
+        text = (await _json(request)).get("policy")
+        if not isinstance(text, str):
+            raise ApiError(400, 'Write {"policy": "name:key=value"}.', param="policy")
+        self.control.set_policy(text)
+        return web.json_response({"policy": text})
+
+    async def _table(self, request: web.Request) -> web.Response:
+        table = DispatchTable.from_json(await _json(request))
+        self.control.set_table(table)
+        return web.json_response({"version": table.version, "rows": len(table.rows)})
+
+    async def _trace(self, request: web.Request) -> web.Response:
+        document = await _json(request)
+        path = document.get("path")
+        header = document.get("header", {})
+        if not (path is None or (isinstance(path, str) and path)) or not isinstance(header, dict):
+            raise ApiError(400, 'Write {"path": "file.jsonl"}, or null to stop.', param="path")
+        self.control.set_trace(None if path is None else Path(path), **header)
+        return web.json_response({"path": path})
+
+    # Background
+
+    async def _probe_loop(self) -> None:
+        """Bring endpoints back that are down and well again."""
+        while True:
+            await asyncio.sleep(self.control.config.probe_interval_s)
+            due = self.control.to_probe()
+            answers = await asyncio.gather(*(self._links[index].healthy() for index in due))
+            for index, well in zip(due, answers, strict=True):
+                if well:
+                    self.control.endpoint_recovered(index)
+
+    async def _expire_loop(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+            self.control.expire_runs()
+
+
+class _ClientStream:
+    """A streamed answer to one client; see `runtime.forwarding.Downstream`."""
+
+    __slots__ = ("_request", "_response")
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response: web.StreamResponse | None = None
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        self._response = web.StreamResponse(status=status, headers=headers)
+        try:
+            await self._response.prepare(self._request)
+        except ConnectionError as error:
+            raise ClientGone from error
+
+    async def write(self, data: bytes) -> None:
+        assert self._response is not None  # noqa: S101 - started before the first write
+        try:
+            await self._response.write(data)
+        except ConnectionError as error:
+            raise ClientGone from error
+
+    def abandoned(self) -> web.StreamResponse:
+        """Return what the server needs to hear of a client that left."""
+        return self._response or web.Response(status=499)
+
+    async def finish(self) -> web.StreamResponse:
+        assert self._response is not None  # noqa: S101 - as above
+        with contextlib.suppress(ConnectionError):
+            await self._response.write_eof()
+        return self._response
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into an OpenAI error body; internal ones say nothing of their cause."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _error_response(error)
+    except InvalidInput as error:
+        return _error_response(ApiError(400, str(error)))
+    except web.HTTPException as error:
+        return _error_response(ApiError(error.status, error.reason))
+    except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
+        _log.exception("internal error", extra={"path": request.path})
+        return _error_response(ApiError(500, "Internal error of the gateway."))
+
+
+def _error_response(error: ApiError) -> web.Response:
+    response = web.Response(status=error.status, body=error.body, content_type="application/json")
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return response
+
+
+async def _json(request: web.Request) -> dict[str, Any]:
+    try:
+        document = json.loads(await request.read())
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    return document
+
+
+def _card(model: str) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": 0, "owned_by": "almanac"}

@@ -1,0 +1,56 @@
+"""The gateway's own metrics, under one prefix, in base units, with bounded labels."""
+
+from __future__ import annotations
+
+from planner.dispatch.view import FleetView
+from runtime.prometheus import Counter, Gauge, Histogram, Registry
+
+__all__ = ["GatewayMetrics"]
+
+_LATENCY_S = (
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
+)  # fmt: skip
+_OVERHEAD_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+
+
+class GatewayMetrics:
+    """All metrics of one gateway process; latencies are wall seconds."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("almanac_requests_total", "Requests answered", ("model", "status"))
+        self.duration = Histogram(
+            "almanac_request_duration_seconds", "Request to last byte", _LATENCY_S, ("model",)
+        )
+        self.ttft = Histogram(
+            "almanac_ttft_seconds", "Request to first byte of a stream", _LATENCY_S, ("model",)
+        )
+        self.overhead = Histogram(
+            "almanac_router_overhead_seconds",
+            "Reading, fingerprint and decision, before the request is sent on",
+            _OVERHEAD_S,
+        )
+        self.decisions = Counter("almanac_decisions_total", "Choices made", ("policy", "reason"))
+        self.selected = Counter("almanac_worker_selection_total", "Attempts sent", ("endpoint",))
+        self.outcomes = Counter("almanac_attempts_total", "Attempts ended", ("endpoint", "status"))
+        self.retries = Counter("almanac_retries_total", "Further attempts", ("endpoint",))
+        self.events = Counter("almanac_events_total", "Lifecycle events", ("type", "taken"))
+        self.active = Gauge("almanac_worker_requests_active", "Calls in flight", ("endpoint",))
+        self.health = Gauge("almanac_worker_health", "1 up, 0 down", ("endpoint",))
+        self.queue = Gauge("almanac_queue_depth", "Calls held in the router")
+        self.runs = Gauge("almanac_program_active", "Runs in progress")
+        self._registry = Registry(
+            (
+                self.requests, self.duration, self.ttft, self.overhead, self.decisions,
+                self.selected, self.outcomes, self.retries, self.events, self.active, self.health,
+                self.queue, self.runs,
+            )
+        )  # fmt: skip
+
+    def render(self, view: FleetView, *, held: int, runs: int) -> str:
+        """Return the exposition text, with the gauges as they are now."""
+        for state in view.states:
+            self.active.set(state.in_flight, state.endpoint.id)
+            self.health.set(float(state.healthy), state.endpoint.id)
+        self.queue.set(held)
+        self.runs.set(runs)
+        return self._registry.render()

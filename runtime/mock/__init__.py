@@ -1,0 +1,1 @@
+"""Mock vLLM endpoints: real HTTP in front of the simulator's engine."""

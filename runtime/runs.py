@@ -1,0 +1,132 @@
+"""The runs in progress: when each arrived, what it did, and the records of what it did.
+
+A run starts with its first call or its ``run_start`` event, whichever comes first, and ends with
+``run_end`` or, for programs that never say goodbye, when nothing came for a while. Events are
+sent on the side and may overtake calls, so a run that has ended stays remembered for a time and
+is not started again by a late call.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from planner.domain.trace import BranchRecord, RunRecord, ToolRecord
+
+__all__ = ["Run", "RunBook"]
+
+_REMEMBERED = 4096
+"""Ended runs kept in mind."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run in progress. Times are clock seconds.
+
+    Parameters
+    ----------
+    predicted_s
+        Run latency forecast at arrival, or None.
+    calls
+        Calls seen, retries of the gateway not counted.
+    open_calls
+        Calls that have not ended.
+    last_s
+        When something was last heard of it.
+    """
+
+    run_id: str
+    workflow: str
+    workflow_hash: str
+    session_id: str | None
+    arrival_s: float
+    predicted_s: float | None
+    last_s: float
+    calls: int = 0
+    open_calls: int = 0
+    tools: dict[tuple[str, int], float] = field(default_factory=dict)
+
+
+class RunBook:
+    """All runs in progress."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Run] = {}
+        self._ended: OrderedDict[str, Run] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def find(self, run_id: str) -> Run | None:
+        """Return a run that is in progress or ended a short while ago."""
+        return self._runs.get(run_id) or self._ended.get(run_id)
+
+    def add(self, run: Run) -> None:
+        """Note the start of a run."""
+        self._runs[run.run_id] = run
+
+    def end(self, run_id: str, now_s: float, status: str) -> RunRecord | None:
+        """Note the end of a run; None if no such run is in progress."""
+        run = self._runs.pop(run_id, None)
+        if run is None:
+            return None
+        self._ended[run_id] = run
+        if len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+        return RunRecord(
+            run_id=run_id,
+            workflow=run.workflow,
+            workflow_hash=run.workflow_hash,
+            arrival_s=run.arrival_s,
+            finish_s=now_s,
+            status=status,
+            session_id=run.session_id,
+            predicted_s=run.predicted_s,
+            calls=run.calls,
+        )
+
+    def expire(self, now_s: float, idle_s: float) -> list[RunRecord]:
+        """End the runs of which nothing was heard for ``idle_s``, as of when it was."""
+        idle = [
+            run
+            for run in self._runs.values()
+            if run.open_calls == 0 and now_s - run.last_s > idle_s
+        ]
+        records = [self.end(run.run_id, run.last_s, "ok") for run in idle]
+        return [record for record in records if record is not None]
+
+    def tool_started(self, run: Run, node: str, visit: int, now_s: float) -> None:
+        """Note the start of a tool."""
+        run.tools[node, visit] = now_s
+        run.last_s = now_s
+
+    def tool_ended(
+        self, run: Run, node: str, visit: int, now_s: float, status: str
+    ) -> ToolRecord | None:
+        """Note the end of a tool; None if its start was not seen."""
+        run.last_s = now_s
+        start_s = run.tools.pop((node, visit), None)
+        if start_s is None:
+            return None
+        return ToolRecord(
+            run_id=run.run_id,
+            workflow_hash=run.workflow_hash,
+            node=node,
+            start_s=start_s,
+            finish_s=now_s,
+            status=status,
+        )
+
+    def branch_taken(
+        self, run: Run, branch: str, outcome: str, visit: int, now_s: float
+    ) -> BranchRecord:
+        """Note the outcome of a branch."""
+        run.last_s = now_s
+        return BranchRecord(
+            run_id=run.run_id,
+            workflow_hash=run.workflow_hash,
+            branch=branch,
+            outcome=outcome,
+            time_s=now_s,
+            visit=visit,
+        )

@@ -1,0 +1,34 @@
+"""The connection pool to the endpoints.
+
+asyncio sets TCP_NODELAY on its sockets, so each write leaves at once. There is no limit on
+connections: how many calls an endpoint gets is the router's decision, not the pool's.
+"""
+
+from __future__ import annotations
+
+import aiohttp
+
+__all__ = ["open_session"]
+
+
+def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
+    """Return a session for all endpoints; whoever opens it closes it.
+
+    Parameters
+    ----------
+    connect_timeout_s
+        Wall seconds for a connect.
+    read_timeout_s
+        Wall seconds of silence between two reads of an answer, its first byte included. There is
+        no limit on the whole: long answers are legitimate.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0),
+        timeout=aiohttp.ClientTimeout(
+            total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s
+        ),
+        # Cookies of one client must not reach another; answers are passed on as they are.
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+    )
