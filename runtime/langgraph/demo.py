@@ -66,7 +66,7 @@ def build(
     script_dilation: float = 1.0,
     model: str = "llama-3.1-8b",
     api_key: str = "none",
-    gateway_headers: bool = True,
+    clients: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the compiled graph; pass it to `instrument` to give its runs an identity.
 
@@ -78,8 +78,9 @@ def build(
         How much faster than scripted the tool's delays pass, > 0.
     model, api_key
         Sent with every request.
-    gateway_headers
-        Whether requests carry identity headers.
+    clients
+        HTTP clients from `openai_client_kwargs`, which the caller closes with `aclose_clients`;
+        None makes some that live as long as the graph.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def build(
         temperature=0,
         streaming=True,
         max_retries=0,
-        **openai_client_kwargs(gateway_headers),
+        **(openai_client_kwargs() if clients is None else clients),
     )
 
     def asks(name: str) -> Any:

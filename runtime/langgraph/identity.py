@@ -39,6 +39,7 @@ from langgraph.runtime import get_runtime
 from runtime.langgraph.tracker import node_path, tracker_of
 
 __all__ = [
+    "aclose_clients",
     "async_request_hook",
     "identity_headers",
     "openai_client_kwargs",
@@ -157,6 +158,13 @@ def openai_client_kwargs(gateway_headers: bool = True) -> dict[str, Any]:
             limits=limits, event_hooks={"request": [async_request_hook]}
         ),
     }
+
+
+async def aclose_clients(clients: Mapping[str, Any]) -> None:
+    """Close the HTTP clients that `openai_client_kwargs` made."""
+    if clients:
+        clients["http_client"].close()
+        await clients["http_async_client"].aclose()
 
 
 def _ascii(value: str) -> str:

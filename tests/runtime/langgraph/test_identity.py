@@ -18,6 +18,7 @@ from langgraph.types import Command, RetryPolicy, Send, interrupt
 
 from runtime.langgraph.declare import llm_call
 from runtime.langgraph.identity import (
+    aclose_clients,
     async_request_hook,
     identity_headers,
     openai_client_kwargs,
@@ -457,8 +458,7 @@ async def test_chat_models_over_http(stub: Any) -> None:
     await instrument(graph.compile()).ainvoke({"x": 1}, run(run_id="r"))
     assert stub.headers("x-almanac-run-id") == ["r"] * 10
     assert stub.headers("x-almanac-node") == ["sync"] * 5 + ["async"] * 5
-    await chat.http_async_client.aclose()
-    chat.http_client.close()
+    await aclose_clients({n: getattr(chat, n) for n in ("http_client", "http_async_client")})
 
 
 def test_plain_openai_clients(stub: Any) -> None:
