@@ -13,8 +13,9 @@ vllm 0.33.0: vllm/v1/core/block_pool.py, kv_cache_utils.py (``FreeKVCacheBlockQu
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 __all__ = ["Block", "BlockPool"]
 
@@ -30,13 +31,16 @@ class Block:
         Requests that use it; 0 means it waits in the free queue and may be reused or evicted.
     twin
         A later block with the same content, or None; vLLM does not merge duplicates.
+    entries
+        How often it stands in the free queue. Its last entry counts, if ``refs`` is 0.
     """
 
-    __slots__ = ("content", "refs", "twin")
+    __slots__ = ("content", "entries", "refs", "twin")
 
     def __init__(self, content: int) -> None:
         self.content = content
         self.refs = 1
+        self.entries = 0
         self.twin: Block | None = None
 
     def __repr__(self) -> str:
@@ -57,29 +61,29 @@ class BlockPool:
         As given.
     free
         Blocks that can be taken now: blank ones and cached ones nobody uses.
+    idle
+        Cached blocks nobody uses.
     """
 
-    __slots__ = ("_cached", "_idle", "free", "total")
+    __slots__ = ("_cached", "_queue", "free", "idle", "total")
 
     def __init__(self, blocks: int) -> None:
         self.total = blocks
         self.free = blocks
+        self.idle = 0
         self._cached: dict[int, Block] = {}  # hash -> the first of its blocks
-        self._idle: OrderedDict[Block, None] = OrderedDict()  # cached, refs 0, oldest first
+        # Idle blocks, oldest first. A block that is used again leaves its entry behind, which is
+        # cheaper than taking it out of the middle.
+        self._queue: deque[Block] = deque()
 
     def __repr__(self) -> str:
         return f"BlockPool(total={self.total}, free={self.free}, cached={len(self._cached)})"
-
-    @property
-    def idle_cached(self) -> int:
-        """Cached blocks that nobody uses; ``free`` includes them."""
-        return len(self._idle)
 
     def lookup(self, hashes: Sequence[int], most: int) -> list[Block]:
         """Return the longest run of leading blocks present, at most ``most`` (>= 0)."""
         hits: list[Block] = []
         find = self._cached.get
-        for content in hashes[:most]:
+        for content in islice(hashes, most):
             block = find(content)
             if block is None:
                 break
@@ -88,10 +92,9 @@ class BlockPool:
 
     def acquire(self, hits: Sequence[Block]) -> None:
         """Use cached blocks; those nobody used leave the free queue."""
-        idle = self._idle
         for block in hits:
             if block.refs == 0:
-                del idle[block]
+                self.idle -= 1
                 self.free -= 1
             block.refs += 1
 
@@ -101,21 +104,34 @@ class BlockPool:
         The caller has checked ``free``: a shortage is the scheduler's business.
         """
         self.free -= count
-        evictions = len(self._idle) - self.free
+        evictions = self.idle - self.free
         if evictions > 0:
-            for _ in range(evictions):
-                block, _none = self._idle.popitem(last=False)
-                self._forget(block)
+            self.idle = self.free
+            queue, cached = self._queue, self._cached
+            while evictions:
+                block = queue.popleft()
+                block.entries -= 1
+                if block.refs == 0 and block.entries == 0:
+                    evictions -= 1
+                    if block.twin is None and cached[block.content] is block:
+                        del cached[block.content]
+                    else:
+                        self._forget_twin(block)
 
-    def label(self, content: int) -> Block:
-        """Give one of the caller's blank blocks its hash, and return it as a block in use."""
-        block = Block(content)
-        first = self._cached.setdefault(content, block)
-        if first is not block:
-            while first.twin is not None:
-                first = first.twin
-            first.twin = block
-        return block
+    def label(self, contents: Sequence[int]) -> list[Block]:
+        """Give as many of the caller's blank blocks their hashes; they are blocks in use."""
+        blocks = [Block(content) for content in contents]
+        cached = self._cached
+        if cached.keys().isdisjoint(contents):
+            cached.update(zip(contents, blocks, strict=True))
+        else:
+            for block in blocks:
+                first = cached.setdefault(block.content, block)
+                if first is not block:
+                    while first.twin is not None:
+                        first = first.twin
+                    first.twin = block
+        return blocks
 
     def release(self, labelled: Sequence[Block], blank: int) -> None:
         """Give back a request's blocks, last first, so that a prefix outlives its tail.
@@ -127,32 +143,47 @@ class BlockPool:
         blank
             How many more it holds.
         """
-        freed = blank
-        idle = self._idle
+        freed = 0
+        append = self._queue.append
         for block in reversed(labelled):
             block.refs -= 1
             if block.refs == 0:
-                idle[block] = None
+                block.entries += 1
+                append(block)
                 freed += 1
-        self.free += freed
+        self.idle += freed
+        self.free += freed + blank
+        if len(self._queue) > 2 * self.total:
+            self._tidy()
 
     def clear(self) -> bool:
         """Forget every cached block; refused (False) while any block is in use."""
         if self.free != self.total:
             return False
         self._cached.clear()
-        self._idle.clear()
+        self._queue.clear()
+        self.idle = 0
         return True
 
-    def _forget(self, block: Block) -> None:
+    def _forget_twin(self, block: Block) -> None:
+        """Take one of several blocks with the same content out of the map."""
         first = self._cached[block.content]
         if first is block:
-            if block.twin is None:
-                del self._cached[block.content]
-            else:
-                self._cached[block.content] = block.twin
+            assert block.twin is not None  # noqa: S101 - a single block is forgotten elsewhere
+            self._cached[block.content] = block.twin
             return
         while first.twin is not block:
-            assert first.twin is not None  # noqa: S101 - every labelled block is in its chain
+            assert first.twin is not None  # noqa: S101 - every cached block is in its chain
             first = first.twin
         first.twin = block.twin
+
+    def _tidy(self) -> None:
+        """Drop the queue's dead entries, so that it stays in proportion to the pool."""
+        kept: deque[Block] = deque()
+        for block in self._queue:
+            block.entries -= 1
+            if block.refs == 0 and block.entries == 0:
+                kept.append(block)
+        for block in kept:
+            block.entries = 1
+        self._queue = kept

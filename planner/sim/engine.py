@@ -733,10 +733,8 @@ class Engine:
         call.computed = computed
         self.queued_prefill_tokens -= chunk
         if call.hashes:
-            blocks = call.blocks
-            label = self._pool.label
-            for content in call.hashes[len(blocks) : computed // self.config.block_tokens]:
-                blocks.append(label(content))
+            full = computed // self.config.block_tokens
+            call.blocks += self._pool.label(call.hashes[len(call.blocks) : full])
         if computed == call.known:
             self._prefilled.append(call)
             self._partial = None
@@ -884,7 +882,7 @@ class Engine:
         if rest == 0:
             group = self._growing[call.offset % size]
             if call in group:
-                call.blocks.append(self._pool.label(call.hashes[filled - 1]))
+                call.blocks += self._pool.label(call.hashes[filled - 1 : filled])
                 if filled == len(call.hashes):
                     del group[call]
 
