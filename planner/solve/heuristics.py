@@ -1,4 +1,4 @@
-"""A complete plan without CP-SAT: greedy construction and steepest descent.
+"""A complete plan without CP-SAT: greedy construction and descent.
 
 It is the solver's hint, and the plan that is used when the budget ends before CP-SAT has one.
 
@@ -55,21 +55,24 @@ def least_levels(loads: Ints, room: Ints) -> Ints:
     return np.where(fits.any(axis=-1), fits.argmax(axis=-1), -1)
 
 
-def greedy_solution(instance: Instance, timing: Timing, *, passes: int = 200) -> Solution | None:
-    """Return a locally optimal plan, or None if the construction finds no room.
+def greedy_solution(instance: Instance, timing: Timing, *, effort: float = 1e8) -> Solution | None:
+    """Return a plan that no single move improves, or None if the construction finds no room.
 
     Parameters
     ----------
     instance, timing
         The question.
-    passes
-        Largest number of improving moves, >= 0.
+    effort
+        Where to stop at the latest: sums of service ticks that may be looked up, >= 0. A count
+        and not a time, so that the result is reproducible; 1e8 is about a second.
     """
     search = _Search(instance, timing)
     starts = [start for start in (search.construct(0), search.construct(1)) if start is not None]
     if not starts:
         return None
-    best = min((search.descend(start, passes) for start in starts), key=lambda s: s[1])
+    best = min(
+        (search.descend(start, effort / len(starts)) for start in starts), key=lambda s: s[1]
+    )
     return search.finished(best[0])
 
 
@@ -117,19 +120,22 @@ class _Search:
                 free[i] -= load[k, i]
         return placements
 
-    def descend(self, placements: Ints, passes: int) -> tuple[Ints, int]:
-        """Take the best improving move until there is none."""
+    def descend(self, placements: Ints, effort: float) -> tuple[Ints, int]:
+        """Take the best improving move of each batch of neighbours until no batch has one."""
+        cost = self._classes * self._timing.fixed.size * self._sites
         value = int(self._evaluate(placements[np.newaxis])[0])
-        for _ in range(passes):
-            best: tuple[int, Ints] | None = None
+        improved = True
+        while improved and effort > 0:
+            improved = False
             for batch in self._neighbours(placements):
                 values = self._evaluate(batch)
-                first = int(values.argmin())
-                if values[first] < (value if best is None else best[0]):
-                    best = int(values[first]), batch[first]
-            if best is None:
-                break
-            value, placements = best
+                effort -= len(batch) * cost
+                best = int(values.argmin())
+                if values[best] < value:
+                    value, placements, improved = int(values[best]), batch[best], True
+                    break
+                if effort <= 0:
+                    break
         return placements, value
 
     def _neighbours(self, placements: Ints) -> Iterator[Ints]:
