@@ -48,12 +48,13 @@ class Layout:
 def lay_out(workflow: Workflow) -> Layout:
     """Return the layout of one level of a workflow, START and END included."""
     back = tuple(edge for loop in workflow.loops for edge in loop.back_edges)
-    forward = [
+    # Sorted, so that the layout does not depend on the order in which the graph was written.
+    forward = sorted(
         (source, target)
         for source, targets in workflow.successors.items()
         for target in targets
         if (source, target) not in back
-    ]
+    )
     layer = _layers(forward)
     chains: dict[tuple[NodeId, NodeId], list[Item]] = {}
     for source, target in forward:
