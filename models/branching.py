@@ -92,7 +92,8 @@ class BranchClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """Return the likeliest outcome of each row."""
-        return np.asarray(self.classes_[np.argmax(self.predict_proba(X), axis=1)])
+        chances = self.predict_proba(X)
+        return np.asarray(self.classes_[np.argmax(chances, axis=1)])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -137,7 +138,7 @@ class ChoicePredictor:
 
 
 def visit_probabilities(
-    counts: Sequence[Sequence[float]], prior: Sequence[float], strength: float = 8.0
+    counts: Sequence[Sequence[float]], prior: Sequence[float], strength: float = 4.0
 ) -> list[tuple[float, ...]]:
     """Return outcome probabilities by visit, for the estimate table.
 
@@ -149,15 +150,23 @@ def visit_probabilities(
     prior
         Probabilities of the outcomes before anything was seen, summing to one.
     strength
-        Weight in observations of the branch's rates over all visits in those of one visit.
+        Weight in observations of a visit's probabilities in those of the next.
 
     Returns
     -------
     Per visit the probabilities, each > 0 where the prior is, summing to one.
+
+    Notes
+    -----
+    A visit is pulled towards the visit before it, not towards the mean of all: the chance to go
+    round a loop once more mostly falls, and the mean would promise loops that never end.
     """
-    table = np.asarray(counts, dtype=float).reshape(-1, len(prior))
-    total = table.sum(axis=0)
     # Two pseudo-observations of the prior: enough to keep an unseen outcome possible.
-    pooled = (total + 2.0 * np.asarray(prior)) / (total.sum() + 2.0)
-    out = (table + strength * pooled) / (table.sum(axis=1, keepdims=True) + strength)
-    return [tuple(map(float, row / row.sum())) for row in out]
+    weight, centre = 2.0, np.asarray(prior, dtype=float)
+    out = []
+    for row in counts:
+        seen = np.asarray(row, dtype=float)
+        centre = (seen + weight * centre) / (seen.sum() + weight)
+        out.append(tuple(map(float, centre / centre.sum())))
+        weight = strength
+    return out

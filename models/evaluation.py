@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 __all__ = ["coverage", "log_loss", "median_relative_error", "pinball_loss", "r2_log"]
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 def pinball_loss(observed: Floats, predicted: Floats, level: float) -> float:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.utils.validation import check_is_fitted, validate_data
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from planner.domain.estimates import LEVELS
 
@@ -44,6 +45,12 @@ def shrink(sample: Floats, prior: Floats, strength: float, levels: tuple[float, 
         return prior
     own = np.quantile(sample, levels)
     return np.asarray((sample.size * own + strength * prior) / (sample.size + strength))
+
+
+def _one_thread() -> Any:
+    # Trees this small gain nothing from more threads, and on a busy machine the threads that wait
+    # for each other in busy loops made a fit ten times slower.
+    return threadpool_limits(limits=1, user_api="openmp")
 
 
 class _LogQuantiles(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -169,8 +176,8 @@ class BoostedQuantileRegressor(_LogQuantiles):
     group_rows
         Rows at which trees and groups count the same in the average of log quantiles, >= 0: the
         trees' weight is ``n / (n + group_rows)``.
-    max_iter, learning_rate, min_samples_leaf
-        Size of the forests.
+    trees, learning_rate, min_samples_leaf
+        Size of the forests (one per level).
     levels
         Quantile levels, increasing, in (0, 1).
     random_state
@@ -202,7 +209,7 @@ class BoostedQuantileRegressor(_LogQuantiles):
         group_columns: tuple[int, ...] = (),
         strength: float = 20.0,
         group_rows: float = 300.0,
-        max_iter: int = 80,
+        trees: int = 80,
         learning_rate: float = 0.08,
         min_samples_leaf: int = 25,
         levels: tuple[float, ...] = LEVELS,
@@ -212,7 +219,7 @@ class BoostedQuantileRegressor(_LogQuantiles):
         self.group_columns = group_columns
         self.strength = strength
         self.group_rows = group_rows
-        self.max_iter = max_iter
+        self.trees = trees
         self.learning_rate = learning_rate
         self.min_samples_leaf = min_samples_leaf
         self.levels = levels
@@ -231,16 +238,18 @@ class BoostedQuantileRegressor(_LogQuantiles):
         self.forests_ = []
         self.center_ = None
         if len(X) >= 10 * self.min_samples_leaf:
-            self.forests_ = [
-                self._forest(loss="quantile", quantile=level).fit(X, log_y) for level in self.levels
-            ]
-            self.center_ = self._forest(loss="squared_error").fit(X, log_y)
+            with _one_thread():
+                self.forests_ = [
+                    self._forest(loss="quantile", quantile=level).fit(X, log_y)
+                    for level in self.levels
+                ]
+                self.center_ = self._forest(loss="squared_error").fit(X, log_y)
         return self
 
     def _forest(self, **loss: Any) -> HistGradientBoostingRegressor:
         return HistGradientBoostingRegressor(
             **loss,
-            max_iter=self.max_iter,
+            max_iter=self.trees,
             learning_rate=self.learning_rate,
             min_samples_leaf=self.min_samples_leaf,
             max_leaf_nodes=15,
@@ -255,7 +264,8 @@ class BoostedQuantileRegressor(_LogQuantiles):
         out = np.log1p(self.groups_.predict_quantiles(X))
         if self.forests_:
             X = X[:, self.used_]
-            boosted = np.column_stack([forest.predict(X) for forest in self.forests_])
+            with _one_thread():
+                boosted = np.column_stack([forest.predict(X) for forest in self.forests_])
             out = (1 - self.weight_) * out + self.weight_ * boosted
         return np.asarray(np.sort(out, axis=1))
 
@@ -265,7 +275,8 @@ class BoostedQuantileRegressor(_LogQuantiles):
         X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
         if self.center_ is None:
             return super().predict_log_mean(X)
-        return np.asarray(self.center_.predict(X[:, self.used_]))
+        with _one_thread():
+            return np.asarray(self.center_.predict(X[:, self.used_]))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

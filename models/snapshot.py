@@ -108,7 +108,9 @@ def fit_endpoints(
         design, spent = np.concatenate(designs, axis=1), np.concatenate(seconds, axis=1)
         test = np.concatenate(late)
         if design.shape[1] < LEAST_CALLS or not test.any() or test.all():
-            skip(f"endpoint with fewer than {LEAST_CALLS} calls", design.shape[1])
+            skip(
+                f"fewer than {LEAST_CALLS} calls on the endpoint, its row is kept", design.shape[1]
+            )
             continue
 
         def predict(row: LatencyRow, part: np.ndarray) -> np.ndarray:

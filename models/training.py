@@ -81,7 +81,7 @@ class _Harvest:
 
     def keep(self, kind: str, dataset: Dataset, predictor: Any, results: list[Result]) -> None:
         self.results += results
-        metrics = {f"{one.metric}: {one.split}": one.value for one in results}
+        metrics = {f"{one.dataset}: {one.metric}": one.value for one in results}
         self.artifacts.append(
             (
                 predictor,
@@ -331,7 +331,7 @@ def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> Non
                 metric="median relative error, end to end",
                 value=median_relative_error(observed, predicted.to_numpy(float)),
                 baseline=median_relative_error(
-                    observed, np.asarray(test["config"].map(constant), dtype=float)
+                    observed, test["config"].map(constant).to_numpy(float)
                 ),
                 more={
                     "ttft": median_relative_error(
@@ -339,7 +339,7 @@ def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> Non
                     ),
                     "ttft constant": median_relative_error(
                         test["ttft_s"].to_numpy(float),
-                        np.asarray(test["config"].map(first), dtype=float),
+                        test["config"].map(first).to_numpy(float),
                     ),
                 },
                 note="output length given, load as seen when the request is sent; the constant is "

@@ -23,6 +23,7 @@ __all__ = ["OwnTraces", "read_own_traces"]
 
 MAX_TOKENS = 5e6
 MAX_TIME_S = 1e9
+_NUMERIC = ("_s", "_tokens", "_us", "visit", "in_flight")
 HISTORY_VISITS = 4
 """Visits from this one on count as the same."""
 
@@ -64,6 +65,10 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
 
     calls = Sieve(_table(CallRecord, records), "call records")
     calls.reject(calls.frame["status"] != "ok", "call not ok")
+    named = calls.frame[["workflow_hash", "node", "site", "endpoint"]]
+    calls.reject(named.isna().any(axis=1), "workflow, node, site or endpoint is missing")
+    calls.require("visit", 0, 1e6)
+    calls.require("in_flight", 0, 1e6)
     calls.require("prompt_tokens", 1, MAX_TOKENS)
     calls.require("output_tokens", 1, MAX_TOKENS)
     for name in ("ready_s", "sent_s", "first_token_s", "finish_s"):
@@ -82,11 +87,14 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
 
     tools = Sieve(_table(ToolRecord, records), "tool records")
     tools.reject(tools.frame["status"] != "ok", "tool not ok")
+    tools.reject(tools.frame["node"].isna(), "node is missing")
     tools.require("start_s", 0, MAX_TIME_S)
     tools.require("finish_s", 0, MAX_TIME_S)
     tools.reject(tools.frame["finish_s"] < tools.frame["start_s"], "finish before start")
 
     branches = Sieve(_table(BranchRecord, records), "branch records")
+    named = branches.frame[["branch", "outcome"]]
+    branches.reject(named.isna().any(axis=1), "branch or outcome is missing")
     branches.require("visit", 0, 1e6)
 
     begin = pd.concat(
@@ -135,7 +143,7 @@ def _table(
     ]
     names = [*(field.name for field in fields(kind)), "file", "run"]
     table = pd.DataFrame(rows, columns=names)
-    numeric = [name for name in names if name.endswith(("_s", "_tokens", "_us")) or name == "visit"]
+    numeric = [name for name in names if name.endswith(_NUMERIC)]
     for name in numeric:
         # None means absent in a record and NaN means absent in a table.
         table[name] = pd.to_numeric(table[name], errors="coerce").astype(float)
