@@ -13,7 +13,8 @@ Rules
   ``outer|inner#0``, so that they are unique in the whole tree and equal the request headers. The
   separator is LangGraph's own and cannot occur in a node's name.
 * Error handlers of nodes (``add_node(error_handler=)``) are not part of the graph: they run only
-  after a failure.
+  after a failure. A deferred node (``defer=True``) is listed as an ordinary one: the schema has
+  no word for "when nothing else is left".
 """
 
 from __future__ import annotations

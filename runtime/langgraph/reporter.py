@@ -26,6 +26,8 @@ __all__ = ["Reporter"]
 _log = logging.getLogger(__name__)
 
 _BATCH = 256
+_EXIT_S = 0.5
+"""How long the end of the process may wait for the last events."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 _NOT_OURS = {404, 405, 501}
 
@@ -105,7 +107,7 @@ class Reporter:
                     target=self._send_all, name="almanac-events", daemon=True
                 )
                 self._thread.start()
-                atexit.register(self.close)
+                atexit.register(self.close, _EXIT_S)
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 2.0) -> None:

@@ -1,8 +1,10 @@
 """Identity of requests: who calls, in every way LangGraph runs a node."""
 
 import asyncio
+import gc
 import operator
 import uuid
+import weakref
 from typing import Annotated, Any, Literal, TypedDict
 
 import httpx
@@ -12,6 +14,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.config import get_config
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, RetryPolicy, Send, interrupt
@@ -26,6 +29,7 @@ from runtime.langgraph.identity import (
 )
 from runtime.langgraph.instrument import instrument
 from runtime.langgraph.settings import run
+from runtime.langgraph.tracker import RunTracker, tracker_of
 
 
 class State(TypedDict, total=False):
@@ -392,6 +396,42 @@ def test_resume_is_a_new_run_of_the_same_session(recorder: Recorder) -> None:
     rows = recorder.seen("run-id", "x-session-id", "node")
     assert len({row[0] for row in rows}) == 2
     assert {row[1:] for row in rows} == {("t", "ask")}
+
+
+async def test_parallel_calls_of_one_node_match_the_graph(recorder: Recorder) -> None:
+    """Calls gathered inside one node all carry a call site that the workflow graph lists."""
+
+    @llm_call()
+    async def node(state: State) -> dict[str, Any]:
+        await asyncio.gather(*(recorder.acall() for _ in range(3)))
+        return {}
+
+    graph = StateGraph(State)
+    graph.add_node("n", node)
+    graph.add_edge(START, "n")
+    app = instrument(graph.compile())
+    await app.ainvoke({"x": 1})
+    (site,) = app.almanac.ir["nodes"][0]["call_sites"]
+    assert recorder.seen("site") == [(site["id"],)] * 3
+
+
+async def test_nothing_is_kept_after_a_run(recorder: Recorder) -> None:
+    """The record of a run dies with the run."""
+    trackers: list[weakref.ref[RunTracker]] = []
+
+    async def node(state: State) -> dict[str, Any]:
+        tracker = tracker_of(get_config())
+        assert tracker is not None
+        trackers.append(weakref.ref(tracker))
+        return {}
+
+    graph = StateGraph(State)
+    graph.add_node("n", node)
+    graph.add_edge(START, "n")
+    app = instrument(graph.compile())
+    await asyncio.gather(*(app.ainvoke({"x": 1}) for _ in range(3)))
+    gc.collect()
+    assert [tracker() for tracker in trackers] == [None] * 3
 
 
 def test_header_values_are_always_valid(recorder: Recorder) -> None:
