@@ -116,8 +116,8 @@ def instrument(compiled_graph: G, *, workflow: str | None = None, gateway: str |
     Returns
     -------
     CompiledStateGraph
-        Of the same type; its attribute ``almanac`` is the `Instrumentation`. Anything that is not
-        a LangGraph is returned as it is, with a warning.
+        Of the same type, with ``close``, ``aclose`` and the attribute ``almanac``, the
+        `Instrumentation`. Anything that is not a LangGraph is returned as it is, with a warning.
 
     Raises
     ------
@@ -154,6 +154,14 @@ class _Instrumented:
     """Mixed into the type of an instrumented graph."""
 
     almanac: Instrumentation
+
+    def close(self) -> None:
+        """Send what is still queued for the gateway and stop sending; runs go on as before."""
+        self.almanac.close()
+
+    async def aclose(self) -> None:
+        """`close` without blocking the event loop."""
+        await self.almanac.aclose()
 
     def copy(self, update: dict[str, Any] | None = None) -> Any:
         """Return a copy that is instrumented too (``with_config`` makes one)."""

@@ -304,7 +304,7 @@ async def test_gateway_gets_graph_and_events(stub: Any) -> None:
     app = instrument(loop(), workflow="named", gateway=f"{stub.url}/v1")
     await app.ainvoke({"x": 1})
     await app.ainvoke({"x": 1})
-    await app.almanac.aclose()
+    await app.aclose()
     assert stub.workflows == [app.almanac.ir]
     assert stub.workflows[0]["name"] == "named"
     assert [e["type"] for e in stub.events].count("run_end") == 2
@@ -319,7 +319,7 @@ async def test_a_failing_gateway_does_not_disturb(stub: Any, status: int | None)
     gateway = stub.url if status else "http://127.0.0.1:1"
     app = instrument(loop(), gateway=gateway)
     assert await app.ainvoke({"x": 1}) == await loop().ainvoke({"x": 1})
-    await app.almanac.aclose()
+    await app.aclose()
     assert (app.almanac.reporter.sent, app.almanac.reporter.dropped) == (0, 11)
 
 
@@ -345,6 +345,17 @@ def test_closing_tries_once_more() -> None:
         ("/almanac/v1/events", {"events": [{"n": 1}]}),
     ]
     assert (reporter.sent, reporter.dropped) == (1, 0)
+
+
+def test_without_a_gateway_there_is_nothing_to_close() -> None:
+    """Closing is always allowed, and a closed application still runs."""
+    graph = StateGraph(State)
+    graph.add_node("a", code)
+    graph.add_edge(START, "a")
+    app = instrument(graph.compile())
+    app.close()
+    asyncio.run(app.aclose())
+    assert app.invoke({"x": 1})["x"] == 1
 
 
 def test_the_queue_is_bounded() -> None:
