@@ -169,6 +169,8 @@ class Control:
             }
             fresh = TraceWriter(path, now_s=self.clock.now_s(), header=facts)
         old, self._trace = self._trace, fresh
+        # Each trace is an account of its own: the runs of a repetition may bear the same ids.
+        self.runs.forget_ended()
         if old is not None:
             old.close()
 

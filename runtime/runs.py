@@ -61,6 +61,10 @@ class RunBook:
         """Return a run that is in progress or ended a short while ago."""
         return self._runs.get(run_id) or self._ended.get(run_id)
 
+    def forget_ended(self) -> None:
+        """Stop remembering ended runs, so that their ids may be used again."""
+        self._ended.clear()
+
     def add(self, run: Run) -> None:
         """Note the start of a run."""
         self._runs[run.run_id] = run

@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs,
     )
     save_results(twin, args.out / "simulated.json")
-    results = _live(args, setups, workflow, {s: workload(s, args.runs) for s in range(args.seeds)})
+    results = _live(args, setups, {s: workload(s, args.runs) for s in range(args.seeds)})
     results = Results(
         title=f"live: {workflow.name} on fleet {fleet.name}",
         mode="live",
@@ -182,7 +182,6 @@ def run(args: argparse.Namespace) -> int:
 def _live(
     args: argparse.Namespace,
     setups: Sequence[PolicySetup],
-    workflow: Workflow,
     workloads: dict[int, tuple[RunSpec, ...]],
 ) -> tuple[PolicyResult, ...]:
     from runtime.live import LiveServers, app_environment
@@ -245,10 +244,12 @@ def _policy_text(setup: PolicySetup) -> str:
 
 async def _drive(args: argparse.Namespace, url: str, runs: Sequence[RunSpec]) -> tuple[int, float]:
     from runtime.langgraph import demo
+    from runtime.langgraph.identity import aclose_clients, openai_client_kwargs
     from runtime.langgraph.instrument import instrument
     from runtime.live import drive
 
-    graph = demo.build(f"{url}/v1", script_dilation=args.dilation)
+    clients = openai_client_kwargs()
+    graph = demo.build(f"{url}/v1", script_dilation=args.dilation, clients=clients)
     app = instrument(graph, workflow="research", gateway=url)
     try:
         return await drive(
@@ -260,7 +261,8 @@ async def _drive(args: argparse.Namespace, url: str, runs: Sequence[RunSpec]) ->
             limit_s=120.0 + 20 * runs[-1].arrival_s / args.dilation,
         )
     finally:
-        await app.aclose()
+        await app.almanac.aclose()
+        await aclose_clients(clients)
 
 
 def _script(spec: RunSpec) -> list[dict[str, Any]]:
