@@ -43,7 +43,6 @@ __all__ = [
 
 RECIPES_SCHEMA = "almanac.datasets/1"
 BASE_URL_VARIABLE = "ALMANAC_DATA_URL"
-_CHUNK = 1 << 16
 _LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -367,7 +366,8 @@ class _Job:
             ).startswith(f"bytes {before}-")
             done = before if resumed else 0
             with part.open("ab" if resumed else "wb") as out:
-                for chunk in answer.iter_bytes(_CHUNK):
+                # As they come: a chunk size would hold bytes back, and a lost connection take them.
+                for chunk in answer.iter_bytes():
                     out.write(chunk)
                     done += len(chunk)
                     self.progress(blob.path, done, blob.size)

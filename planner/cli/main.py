@@ -24,12 +24,12 @@ from planner.domain.errors import InvalidInput, PlannerError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, str] = {
-    "train": "fit predictors from traces and freeze them into an estimate table",
-    "plan": "place a workflow's calls on a fleet and write the dispatch table",
+    "train": "fit predictors from traces into an estimate table",
+    "plan": "place calls on a fleet and write the dispatch table",
     "simulate": "compare policies on a simulated fleet",
     "serve": "run the gateway in front of a fleet",
     "mock-fleet": "run mock vLLM endpoints on this machine",
-    "run": "run an application against the gateway under several policies",
+    "run": "run an application live under several policies",
     "report": "make one HTML file of a results folder",
     "data": "list and download public datasets",
     "explain": "say why: a plan, a table row, or the calls of a run",
@@ -92,7 +92,6 @@ def _parser(command: str | None, module: ModuleType | None) -> argparse.Argument
         prog="almanac",
         description="Schedule the LLM calls of agent workflows over a fleet of vLLM servers.",
         epilog="`almanac COMMAND --help` says more about a command.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=22),
     )
     parser.add_argument("--version", action="version", version=f"almanac {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
