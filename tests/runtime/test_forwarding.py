@@ -1,0 +1,333 @@
+"""Attempts, relay and what is given back, with fakes on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from multidict import CIMultiDict
+
+from planner.domain.trace import CallRecord, RunRecord, load_trace
+from runtime.config import GatewayConfig
+from runtime.control import Control
+from runtime.forwarding import ClientGone, EndpointBroken, EndpointUnreachable, Forwarder
+from runtime.wire import DONE, ApiError, sse
+
+PATH = "/v1/chat/completions"
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+TOKEN = sse({"choices": [{"delta": {"content": "hi"}}]})
+USAGE_CHUNK = sse({"choices": [], "usage": USAGE})
+GOOD_STREAM = (TOKEN, TOKEN, USAGE_CHUNK, DONE)
+GOOD_BODY = json.dumps({"choices": [{"message": {"content": "hi"}}], "usage": USAGE}).encode()
+BROKEN = EndpointBroken("reset")
+REFUSED = EndpointUnreachable("refused")
+
+
+class FakeUpstream:
+    """An answer from a list of chunks; an exception in it is raised, "hang" never ends."""
+
+    def __init__(self, status, chunks, *, stream):
+        self.status = status
+        self.headers = {"Content-Type": "text/event-stream" if stream else "application/json"}
+        self._chunks = chunks
+        self.closed = False
+
+    async def read(self):
+        return b"".join([chunk async for chunk in self.chunks()])
+
+    async def chunks(self):
+        for chunk in self._chunks:
+            if chunk == "hang":
+                await asyncio.Event().wait()
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *details):
+        self.closed = True
+
+
+class FakeLink:
+    """Answers each request by the next item of a script; the last one repeats."""
+
+    def __init__(self, script):
+        self.script = list(script)
+        self.sent = []
+        self.answers = []
+
+    async def send(self, path, body, headers):
+        self.sent.append((path, json.loads(body), dict(headers)))
+        step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if step == "hang":
+            await asyncio.Event().wait()
+        if isinstance(step, Exception):
+            raise step
+        status, chunks, stream = step
+        self.answers.append(FakeUpstream(status, chunks, stream=stream))
+        return self.answers[-1]
+
+    async def healthy(self):
+        return True
+
+
+class FakeClient:
+    """Collects a streamed answer; leaves after ``writes`` writes."""
+
+    def __init__(self, writes=1000):
+        self.status = None
+        self.headers = {}
+        self.data = b""
+        self._writes = writes
+
+    async def start(self, status, headers):
+        self.status, self.headers = status, headers
+
+    async def write(self, data):
+        if self._writes == 0:
+            raise ClientGone
+        self._writes -= 1
+        self.data += data
+
+
+def stream(*chunks):
+    return 200, chunks, True
+
+
+def whole(status, body):
+    return status, (body,), False
+
+
+class Bench:
+    """A forwarder over scripted endpoints."""
+
+    def __init__(self, fleet, *scripts, config=None, policy="round_robin"):
+        self.control = Control(fleet, policy=policy, config=GatewayConfig(**(config or {})))
+        self.links = [FakeLink(script) for script in scripts]
+        self.forwarder = Forwarder(self.control, self.links)
+        self.client = FakeClient()
+
+    async def ask(self, headers=None, **payload):
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], **payload})
+        headers = CIMultiDict({"x-request-id": "rid", **(headers or {})})
+        return await self.forwarder.serve(PATH, body.encode(), headers, {"k": "v"}, self.client)
+
+    @property
+    def clean(self):
+        router = self.control.router
+        closed = all(answer.closed for link in self.links for answer in link.answers)
+        return router.in_flight == 0 and router.held == 0 and closed
+
+    @property
+    def sent(self):
+        return [len(link.sent) for link in self.links]
+
+
+@pytest.fixture
+def bench(fleet_of):
+    return lambda *scripts, **options: Bench(fleet_of(len(scripts)), *scripts, **options)
+
+
+async def test_a_whole_answer_is_passed_on(bench):
+    """Body, status and headers come through, with the gateway's own headers added."""
+    one = bench([whole(200, GOOD_BODY)])
+    answer = await one.ask()
+    assert (answer.status, answer.body) == (200, GOOD_BODY)
+    assert answer.headers["x-request-id"] == "rid"
+    assert answer.headers["x-almanac-endpoint"] == "e0"
+    assert answer.headers["x-almanac-reason"] == "turn"
+    assert answer.headers["x-almanac-attempts"] == "1"
+    assert int(answer.headers["x-almanac-router-us"]) >= 0
+    assert one.links[0].sent[0][2] == {"k": "v", "x-request-id": "rid"}
+    assert one.clean
+
+
+async def test_a_stream_is_passed_on_without_the_usage_nobody_asked_for(bench):
+    """The gateway asks the engine for usage and keeps it from a client that did not."""
+    one = bench([stream(*GOOD_STREAM)])
+    assert await one.ask(stream=True) is None
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.client.headers["x-almanac-endpoint"] == "e0"
+    assert one.links[0].sent[0][1]["stream_options"] == {"include_usage": True}
+    assert one.clean
+
+
+async def test_usage_that_was_asked_for_stays(bench):
+    """A client that asks for usage gets its chunk, and its options are untouched."""
+    one = bench([stream(*GOOD_STREAM)])
+    options = {"include_usage": True, "continuous_usage_stats": False}
+    await one.ask(stream=True, stream_options=options)
+    assert one.client.data == b"".join(GOOD_STREAM)
+    assert one.links[0].sent[0][1]["stream_options"] == options
+
+
+@pytest.mark.parametrize("failure", [REFUSED, BROKEN, whole(500, b"{}"), whole(503, b"{}")])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_failures_before_the_first_byte_go_elsewhere(bench, failure, streamed):
+    """A failed first attempt is repeated on the other endpoint; the client sees one answer."""
+    good = stream(*GOOD_STREAM) if streamed else whole(200, GOOD_BODY)
+    one = bench([failure], [good])
+    answer = await one.ask(stream=streamed)
+    headers = one.client.headers if streamed else answer.headers
+    assert headers["x-almanac-attempts"] == "2"
+    assert headers["x-almanac-endpoint"] == "e1"
+    assert one.sent == [1, 1]
+    assert one.clean
+
+
+@pytest.mark.parametrize(
+    "chunks", [(), (BROKEN,), (sse({"error": {"message": "dead"}}), DONE), (TOKEN[:5], BROKEN)]
+)
+async def test_a_stream_that_fails_before_its_first_event_goes_elsewhere(bench, chunks):
+    """A 200 that then breaks, ends or reports an error before any event can be replaced."""
+    one = bench([stream(*chunks)], [stream(*GOOD_STREAM)])
+    await one.ask(stream=True)
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.clean
+
+
+@pytest.mark.parametrize("end", [(), (BROKEN,), (sse({"error": {"message": "dead"}}), DONE)])
+async def test_a_stream_that_breaks_later_ends_with_an_error_event(bench, end):
+    """After the first event nothing is repeated: the client gets one error event and the end."""
+    one = bench([stream(TOKEN, *end)], [stream(*GOOD_STREAM)])
+    await one.ask(stream=True)
+    events = one.client.data.split(b"\n\n")
+    assert events[0] + b"\n\n" == TOKEN
+    assert "error" in json.loads(events[1][6:])
+    assert one.client.data.endswith(DONE)
+    assert one.client.data.count(DONE) == 1
+    assert one.sent == [1, 0]
+    assert one.clean
+
+
+async def test_client_errors_are_passed_on_and_count_against_nobody(bench):
+    """A 4xx is not repeated, and never takes an endpoint down."""
+    one = bench([whole(400, b'{"error": {}}')], config={"breaker_failures": 1})
+    for _ in range(5):
+        answer = await one.ask()
+        assert answer.status == 400
+    assert one.control.ready
+    assert one.sent == [5]
+
+
+async def test_attempts_are_bounded_and_the_last_answer_is_passed_on(bench):
+    """With `retries` used up the client gets the endpoint's own error."""
+    one = bench(*[[whole(500, b"{}")]] * 5, config={"retries": 2})
+    answer = await one.ask()
+    assert answer.status == 500
+    assert sum(one.sent) == 3
+    assert one.clean
+
+
+async def test_broken_everywhere_is_a_bad_gateway(bench):
+    """If no endpoint ever answers, the client gets a 502 that says how often it was tried."""
+    one = bench([BROKEN], [BROKEN], config={"retries": 1})
+    with pytest.raises(ApiError, match="2 attempts") as caught:
+        await one.ask()
+    assert caught.value.status == 502
+    assert one.clean
+
+
+async def test_a_refused_connect_takes_the_endpoint_down(bench):
+    """After a refused connect no further call goes there until it is well again."""
+    one = bench([REFUSED, whole(200, GOOD_BODY)], [whole(200, GOOD_BODY)])
+    for _ in range(4):
+        assert (await one.ask()).status == 200
+    assert one.sent == [1, 4]
+    one.control.endpoint_recovered(0)
+    await one.ask()
+    await one.ask()
+    assert one.sent == [2, 5]
+
+
+async def test_fast_failures_do_not_attract_load(bench):
+    """An endpoint that answers 500 at once is left alone after a few failures."""
+    one = bench([whole(500, b"{}")], [whole(200, GOOD_BODY)], policy="least_load")
+    for _ in range(20):
+        assert (await one.ask()).status == 200
+    assert one.sent[0] == 3
+
+
+async def test_a_whole_fleet_down_means_waiting_then_503(bench):
+    """With nothing up a call waits up to the limit and then gets 503 with Retry-After."""
+    one = bench([REFUSED], config={"hold_timeout_s": 0.001})
+    with pytest.raises(ApiError) as caught:
+        await one.ask()
+    assert caught.value.status == 503
+    assert caught.value.retry_after_s > 0
+    assert one.clean
+
+
+@pytest.mark.parametrize(
+    "script", [["hang"], [stream("hang")], [stream(TOKEN, "hang")], [(200, ("hang",), False)]]
+)
+async def test_a_client_that_leaves_gives_everything_back(bench, script):
+    """Cancelling at any stage closes the upstream answer and settles the attempt."""
+    one = bench(script)
+    task = asyncio.create_task(one.ask(stream=True))
+    while not one.links[0].sent:
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert one.clean
+
+
+async def test_a_client_that_stops_reading_gives_everything_back(bench):
+    """A failed write to the client ends the attempt as cancelled, and no one else is blamed."""
+    one = bench([stream(*GOOD_STREAM)])
+    one.client = FakeClient(writes=1)
+    with pytest.raises(ClientGone):
+        await one.ask(stream=True)
+    assert one.clean
+    assert 'endpoint="e0",status="cancelled"} 1' in one.control.metrics_text()
+
+
+async def test_priority_goes_only_where_the_engine_reads_it(fleet_of):
+    """The priority field is set for engines with the priority policy, and for no other."""
+    for scheduling, expected in (("priority", True), ("fcfs", False)):
+        fleet = fleet_of(1, scheduling=scheduling)
+        one = Bench(fleet, [whole(200, GOOD_BODY)], policy="marginal_cost")
+        await one.ask()
+        assert ("priority" in one.links[0].sent[0][1]) is expected
+
+
+async def test_bad_requests_never_reach_an_endpoint(bench):
+    """Unknown models, broken JSON and non-objects are answered by the gateway."""
+    one = bench([whole(200, GOOD_BODY)])
+    with pytest.raises(ApiError) as caught:
+        await one.ask(model="other")
+    assert (caught.value.status, caught.value.param) == (404, "model")
+    for body in (b"{", b"[1]", b"\xff"):
+        with pytest.raises(ApiError) as caught:
+            await one.forwarder.serve(PATH, body, CIMultiDict(), {}, one.client)
+        assert caught.value.status == 400
+    assert one.sent == [0]
+
+
+async def test_traces_tell_the_story_without_any_text(bench, tmp_path):
+    """Run and call records hold identity, choice and counts, and no word of the prompt."""
+    one = bench([whole(500, b"{}")], [whole(200, GOOD_BODY)])
+    one.control.set_trace(tmp_path / "t.jsonl")
+    await one.ask(
+        {"x-almanac-run-id": "r1", "x-almanac-node": "n", "x-almanac-visit": "3",
+         "x-dynamo-session-final": "true"},
+        messages=[{"role": "user", "content": "secret words"}], max_tokens=9,
+    )  # fmt: skip
+    records = load_trace(tmp_path / "t.jsonl")
+    assert "secret" not in (tmp_path / "t.jsonl").read_text()
+    failed, good = (record for record in records if isinstance(record, CallRecord))
+    assert (failed.status, failed.endpoint, failed.attempt) == ("failed", "e0", 0)
+    assert (good.status, good.endpoint, good.attempt) == ("ok", "e1", 1)
+    assert (good.run_id, good.node, good.site, good.visit) == ("r1", "n", "n#0", 3)
+    assert (good.prompt_tokens, good.output_tokens, good.cached_tokens) == (5, 2, 4)
+    assert good.max_tokens == 9
+    assert good.call_id != failed.call_id
+    (run,) = (record for record in records if isinstance(record, RunRecord))
+    assert (run.run_id, run.calls, run.status) == ("r1", 1, "ok")
+    one.control.close()

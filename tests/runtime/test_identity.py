@@ -1,0 +1,97 @@
+"""Who is calling."""
+
+from __future__ import annotations
+
+import pytest
+from multidict import CIMultiDict
+
+from runtime.fingerprint import read_prompt
+from runtime.identity import SESSION_HEADERS, identify
+
+PROMPT = read_prompt({"messages": [{"role": "user", "content": "hello"}]})
+
+
+def who(headers=None, payload=None):
+    return identify(CIMultiDict(headers or {}), payload or {}, PROMPT)
+
+
+def test_our_headers_give_everything():
+    """All of our headers are read, whatever their case."""
+    identity = who(
+        {
+            "X-Almanac-Run-Id": "run1",
+            "x-almanac-workflow": "abc",
+            "x-almanac-node": "outer|inner",
+            "x-almanac-site": "outer|inner#1",
+            "x-almanac-step": "4",
+            "x-almanac-visit": "2",
+            "x-almanac-attempt": "1",
+            "x-session-id": "s1",
+        }
+    )
+    assert identity.run_id == "run1"
+    assert (identity.workflow, identity.node, identity.site) == ("abc", "outer|inner", "outer|inner#1")  # fmt: skip
+    assert (identity.step, identity.visit, identity.attempt) == (4, 2, 1)
+    assert (identity.session_id, identity.source) == ("s1", "run")
+
+
+def test_the_first_site_of_a_node_is_assumed():
+    """A node without a site means its first call site."""
+    assert who({"x-almanac-node": "n"}).site == "n#0"
+
+
+@pytest.mark.parametrize("name", SESSION_HEADERS)
+def test_session_headers_of_others_stand_for_the_run(name):
+    """Without a run id, any known session header names the run."""
+    identity = who({name: "abc"})
+    assert (identity.run_id, identity.session_id, identity.source) == ("abc", "abc", "session")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"session_params": {"session_id": "abc"}},
+        {"prompt_cache_key": "abc"},
+        {"previous_response_id": "abc"},
+        {"user": "abc"},
+    ],
+)
+def test_body_fields_stand_for_the_run(payload):
+    """Without headers, the body fields of other routers name the run."""
+    assert who(payload=payload).run_id == "abc"
+
+
+def test_an_agent_program_is_a_run():
+    """vLLM's agentic context names the program, which is the run; the session stays."""
+    payload = {"vllm_xargs": {"agentic_context": {"program_id": "p"}}, "user": "u"}
+    identity = who(payload=payload)
+    assert (identity.run_id, identity.session_id, identity.source) == ("p", "u", "program")
+
+
+def test_silent_clients_are_known_by_their_conversation():
+    """Without any name, turns of one conversation are one run and others are not."""
+    one = read_prompt({"messages": [{"role": "user", "content": "a"}]})
+    next_turn = read_prompt(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
+    other = read_prompt({"messages": [{"role": "user", "content": "c"}]})
+    ids = [identify(CIMultiDict(), {}, prompt).run_id for prompt in (one, next_turn, other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_the_end_of_a_session_is_heard():
+    """Dynamo's header says that a run ends with this call."""
+    assert who({"x-dynamo-session-final": "True"}).final
+    assert not who().final
+
+
+@pytest.mark.parametrize("value", ["-1", "abc", "1e3", "", "٣", "9" * 30])
+def test_odd_counters_are_zero(value):
+    """A counter that is no plain number is taken as 0."""
+    assert who({"x-almanac-visit": value}).visit == 0
+
+
+def test_long_names_are_cut():
+    """An identity has a bounded length, whatever a client sends."""
+    assert len(who({"x-almanac-run-id": "x" * 5000}).run_id) == 200
+    assert who(payload={"user": 5, "session_params": [1], "vllm_xargs": "x"}).source == "content"
