@@ -1,6 +1,6 @@
 """One vLLM V1 engine: its scheduler, its KV blocks and its clock.
 
-Rules of the model (section numbers of vLLM 0.33.0, ``vllm/v1/core/sched/scheduler.py``)
+Rules
 1. A step first serves the running calls in the order of their admission, then admits waiting
    calls; each takes tokens from one budget. There are no phases: a call gets tokens until what is
    computed has caught up with what is known.
@@ -26,6 +26,10 @@ Two ways to drive it, with the same times to the last bit
 - `Engine.advance` for simulations: runs to an instant and returns what happened. Whoever drives
   several engines advances each at its `Engine.next_event_s`, which never runs anything.
 - `Engine.step` for a live endpoint: one step at a time, committed at once.
+
+References
+----------
+vllm 0.33.0: vllm/v1/core/sched/scheduler.py, vllm/v1/core/kv_cache_manager.py.
 """
 
 from __future__ import annotations
