@@ -476,3 +476,23 @@ def test_the_configuration_follows_the_endpoint() -> None:
         kv_blocks=50, block_tokens=8, max_num_seqs=3, max_num_batched_tokens=99,
         policy="priority", max_model_len=77,
     )  # fmt: skip
+
+
+def test_a_live_endpoint_sees_aborts_and_submissions_at_the_next_step() -> None:
+    """Between two steps of `step`, a call can go or come; the next step has it out or in."""
+    target = engine()
+    submit(target, call("a", 8, 50), call("b", 8, 50))
+    end_s = 0.0
+    for _ in range(4):  # 16 ms of prefill, then steps of 2 ms
+        result = target.step(end_s)
+        assert result is not None
+        end_s = result.end_s
+    assert ms(end_s) == 22
+    assert target.abort("b", 21 * MS)
+    assert target.free_blocks == 100 - 3
+    submit(target, call("c", 4, 5), now_s=21.5 * MS)
+    result = target.step(end_s)
+    assert result is not None
+    assert [token.request_id for token in result.tokens] == ["a", "c"]
+    assert ms(result.end_s) == 22 + 1 + 4
+    assert (target.generation_tokens_total, target.steps_total) == (2 * 4 + 2, 5)
