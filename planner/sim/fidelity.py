@@ -154,7 +154,7 @@ def dynamo_checks() -> list[Check]:
     """Replay the fixed traces with Dynamo's timing formula and compare with its own replay."""
     ttft_ms, e2e_ms = _dynamo_trace(200, 0.25)
     spot = max(
-        max(abs(ttft_ms[i] - ttft), abs(e2e_ms[i] - e2e))
+        max(abs(float(ttft_ms[i]) - ttft), abs(float(e2e_ms[i]) - e2e))
         for i, (ttft, e2e) in _DYNAMO_SPOTS.items()
     )
     checks = [
