@@ -18,6 +18,23 @@ PlannerError
 
 from __future__ import annotations
 
+__all__ = [
+    "DispatchError",
+    "DownloadFailed",
+    "EndpointFailed",
+    "FleetError",
+    "IllegalEvent",
+    "Infeasible",
+    "InvalidInput",
+    "ModelInvalid",
+    "NoEndpointAvailable",
+    "NoSolutionFound",
+    "PlannerError",
+    "SolveError",
+    "TraceFormatError",
+    "WorkflowError",
+]
+
 
 class PlannerError(Exception):
     """Base of all errors raised on purpose."""
