@@ -433,6 +433,7 @@ def _gantt_bar(
     axes.text(
         one.finish_s, number, f" {word}{' failed' if one.failed else ''}",
         va="center", fontsize=7.5, color="black",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2},
     )  # fmt: skip
 
 
@@ -468,12 +469,17 @@ def table_heatmaps(table: DispatchTable, workflow_hash: str | None = None) -> Fi
             f"no row of workflow {chosen!r}", where="table", remedy=f"known: {', '.join(hashes)}"
         )
     sites = list(dict.fromkeys(row.site for row in rows))
-    width = 1.2 + 0.86 * len(table.endpoints)
+    buckets = len(table.bounds)
+    across = min(2, buckets)
+    down = math.ceil(buckets / across)
     with rc_context(STYLE):
-        figure = _figure(1.0 + width * len(table.bounds), 1.1 + 0.42 * len(sites))
-        panels = figure.subplots(1, len(table.bounds), sharey=True, squeeze=False)[0]
-        image = None
-        for bucket, axes in enumerate(panels):
+        figure = _figure(
+            1.6 + across * (0.6 + 0.86 * len(table.endpoints)), down * (0.8 + 0.42 * len(sites))
+        )
+        panels = figure.subplots(down, across, squeeze=False).flatten()
+        for unused in panels[buckets:]:
+            unused.remove()
+        for bucket, axes in enumerate(panels[:buckets]):
             share = np.zeros((len(sites), len(table.endpoints)))
             for row in rows:
                 if row.bucket != bucket:
@@ -491,15 +497,17 @@ def table_heatmaps(table: DispatchTable, workflow_hash: str | None = None) -> Fi
             span = f"above {lower:.2g}" if math.isinf(upper) else f"{lower:.2g} to {upper:.2g}"
             axes.set_title(f"load {span} calls per slot")
             axes.set_xticks(range(len(table.endpoints)), table.endpoints)
-            axes.set_yticks(range(len(sites)), sites)
-            axes.set_xlabel("endpoint")
+            axes.set_yticks(range(len(sites)), sites if bucket % across == 0 else [""] * len(sites))
+            if bucket >= buckets - across:
+                axes.set_xlabel("endpoint")
+            if bucket % across == 0:
+                axes.set_ylabel("call site")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        panels[0].set_ylabel("call site")
-        if image is not None:
-            figure.colorbar(
-                image, ax=list(panels), label="planned share of traffic", fraction=0.04, pad=0.01
-            )
+        figure.colorbar(
+            image, ax=list(panels[:buckets]), label="planned share of traffic",
+            fraction=0.04, pad=0.01,
+        )  # fmt: skip
     return figure
 
 

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import httpx
 import pytest
 
+from models.importers.folder import read_folder
 from planner.domain.errors import DownloadFailed, InvalidInput
 from runtime.download import Bases, Recipe, Source, fetch, find_recipe, load_recipes
 
@@ -315,6 +316,31 @@ def test_bundled_recipes_are_sound() -> None:
         for source in one.sources:
             assert not source.path.startswith("/")
             assert ".." not in f"{source.path}/{source.output}".split("/")
+
+
+CONTENT = {
+    ".csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    + "".join(f"2023-11-16 18:17:0{k}.9799600,{100 + k},{10 + k}\n" for k in range(9)),
+    ".jsonl": "".join(
+        f'{{"timestamp": {1000 * k}, "input_length": {100 + k}, "output_length": 9, '
+        '"hash_ids": [0]}\n'
+        for k in range(9)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, one in load_recipes().items() if one.form == "ready"]
+)
+def test_ready_datasets_are_read_as_they_lie(tmp_path: Path, name: str) -> None:
+    """`almanac train --traces` finds what `almanac data get` put there."""
+    for source in load_recipes()[name].sources:
+        path = tmp_path / name / (source.output or source.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(CONTENT[path.suffix])
+    found = read_folder(tmp_path, seed=0)
+    assert not found.ignored
+    assert [one.rows_read for one in found.public] == [9] * len(load_recipes()[name].sources)
 
 
 def test_unknown_names_get_a_suggestion() -> None:

@@ -41,7 +41,7 @@ def test_every_axis_is_labelled(name: str, figure: Figure) -> None:
     assert axes
     labels = [axes[-1].get_xlabel(), *(one.get_ylabel() for one in axes)]
     if name == "table":
-        assert labels[:2] == ["endpoint", "call site"]
+        assert {"endpoint", "call site"} <= {axes[0].get_xlabel(), axes[0].get_ylabel()}
     else:
         assert labels[0].endswith("(s)")
 
