@@ -25,6 +25,7 @@ __all__ = [
     "ComparisonTable",
     "Verdict",
     "compare",
+    "seeds_note",
 ]
 
 Verdict = Literal["win", "loss", "tie"]
@@ -187,4 +188,23 @@ def _against(baseline: PolicyResult, policy: PolicyResult, metric: str) -> Compa
     )
     return Comparison(
         metric=metric, baseline=baseline.label, difference=difference, pairs=len(shared)
+    )
+
+
+def seeds_note(table: ComparisonTable) -> str:
+    """Return what the number of seeds does to the verdicts, in words; empty from ten seeds on.
+
+    Notes
+    -----
+    If a policy made no difference, all of ``n`` paired differences would still have the same sign
+    with probability ``2 ** (1 - n)``, and every bootstrap interval would then exclude zero.
+    """
+    seeds = min(row.seeds for row in table.rows)
+    if seeds == 1:
+        return "One seed gives no interval: no win or loss is claimed."
+    if seeds >= 10:
+        return ""
+    return (
+        f"With {seeds} seeds the intervals are somewhat too narrow: chance alone gives all "
+        f"differences the same sign {2.0 ** (1 - seeds):.1%} of the time."
     )

@@ -26,7 +26,14 @@ from planner.domain.trace import RunRecord, TraceRecord, load_trace
 from planner.domain.workflow import Workflow, load_workflow
 from planner.metrics import relative_difference, spread
 from planner.report import plots
-from planner.report.comparison import COLUMNS, COMPARED, Comparison, ComparisonTable, compare
+from planner.report.comparison import (
+    COLUMNS,
+    COMPARED,
+    Comparison,
+    ComparisonTable,
+    compare,
+    seeds_note,
+)
 from planner.report.results import PolicyResult, Results, load_results
 from planner.report.terminal import comparison_text, percent, value_text
 
@@ -344,11 +351,8 @@ def _notes_section(results: Results, table: ComparisonTable) -> str:
     seeds = min(row.seeds for row in table.rows)
     notes.append(
         f"{seeds} seed{'s' if seeds != 1 else ''} per policy; equal seeds saw the same runs, so "
-        "differences are paired."
-        + (" With so few seeds the bootstrap intervals are somewhat too narrow."
-           if 1 < seeds < 10 else "")
-        + (" One seed gives no interval: no win or loss is claimed." if seeds == 1 else "")
-    )  # fmt: skip
+        f"differences are paired. {seeds_note(table)}".rstrip()
+    )
     notes.append(
         "The best baseline is chosen on these same runs, separately for each metric; that favours "
         "the baseline."

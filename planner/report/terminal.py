@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 
 from planner.metrics import Spread
-from planner.report.comparison import COLUMNS, COMPARED, Column, Comparison, compare
+from planner.report.comparison import (
+    COLUMNS,
+    COMPARED,
+    Column,
+    Comparison,
+    compare,
+    seeds_note,
+)
 from planner.report.results import Results
 
 __all__ = ["align", "comparison_text", "percent", "results_table", "value_text"]
@@ -81,4 +88,6 @@ def results_table(results: Results) -> str:
             "vs best baseline: mean relative difference of paired seeds with its 95 % bootstrap "
             "interval; less is better"
         )
+        if warning := seeds_note(table):
+            notes.append(warning)
     return "\n".join([results.title, align(lines), *notes])

@@ -52,6 +52,11 @@ def test_one_seed_claims_nothing() -> None:
     assert "-10.0% (one seed)" in results_table(single)
 
 
+def test_few_seeds_are_owned_up_to() -> None:
+    """The table says how often chance alone would give such a verdict: 2 ** (1 - 3) here."""
+    assert "same sign 25.0% of the time" in results_table(results())
+
+
 def test_only_shared_seeds_are_paired() -> None:
     """A seed that one policy lacks is left out of its comparison."""
     made = results()
