@@ -82,7 +82,9 @@ def write_report(folder: Path, out: Path) -> Path:
     results = load_results(folder)
     table = compare(results)
     pair = _pair(results, table)
-    traces = {label: _traces(folder, results.policy(label)) for label in pair}
+    # The first policy listed is the plainest; beside it one sees what placement does at all.
+    shown = tuple(dict.fromkeys((results.policies[0].label, *pair)))
+    traces = {label: _traces(folder, results.policy(label)) for label in shown}
     sections = [
         _results_section(table),
         _pictures_section(results, table, pair, traces),
@@ -155,6 +157,7 @@ def _pictures_section(
     pair: Sequence[str],
     traces: Mapping[str, Mapping[int, Sequence[TraceRecord]]],
 ) -> str:
+    """Draw what compares policies; ``pair`` is looked at closely, ``traces`` may hold more."""
     curves = {
         policy.label: [value for one in policy.seeds for value in one.metrics.latencies_s]
         for policy in results.policies
@@ -177,21 +180,25 @@ def _pictures_section(
         )
     chosen = _typical_run(pair, traces)
     if chosen is not None:
-        seed, run_id, latency_s, difference = chosen
+        seed, run_id, latency_s = chosen.seed, chosen.run_id, chosen.latency_s
         parts.append(
             _picture(
-                plots.run_gantt([(label, traces[label][seed]) for label in pair], run_id),
-                f"Timeline of run {run_id} under {' and '.join(pair)}: done after "
-                + " and ".join(f"{value:.2f} s" for value in latency_s)
+                plots.run_gantt([(label, part[seed]) for label, part in traces.items()], run_id),
+                f"Timeline of run {run_id}: done after "
+                + ", ".join(
+                    f"{value:.2f} s under {label}"
+                    for label, value in zip(traces, latency_s, strict=True)
+                )
                 + ".",
-                f"Run {escape(run_id)} of seed {seed} under two policies, on one time axis. It was "
-                "chosen, among the runs with at least the median number of calls, as the one whose "
-                f"difference ({percent(difference)}) is nearest to their median difference.",
+                f"Run {escape(run_id)} of seed {seed} under {len(traces)} policies, on one time "
+                "axis. It was chosen, among the runs with at least the median number of calls, as "
+                f"the one whose difference between {escape(' and '.join(pair))} "
+                f"({percent(chosen.difference)}) is nearest to their median difference.",
             )
         )
     forecasts: dict[str, list[plots.Forecast]] = {"runs": [], "calls": []}
-    for label, by_seed in traces.items():
-        records = [record for part in by_seed.values() for record in part]
+    for label in pair:
+        records = [record for part in traces[label].values() for record in part]
         for heading, forecast in zip(forecasts, plots.forecasts_of(records, label), strict=True):
             forecasts[heading].append(forecast)
     if any(one.actual_s for series in forecasts.values() for one in series):
@@ -386,28 +393,35 @@ def _traces(folder: Path, policy: PolicyResult) -> dict[int, list[TraceRecord]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Both:
+class _Everywhere:
+    """A run that ended well under every policy; ``difference`` is between the pair's latencies."""
+
     seed: int
     run_id: str
     calls: int
     latency_s: tuple[float, ...]
-
-    @property
-    def difference(self) -> float:
-        return relative_difference(self.latency_s[0], self.latency_s[-1])
+    difference: float
 
 
 def _typical_run(
     pair: Sequence[str], traces: Mapping[str, Mapping[int, Sequence[TraceRecord]]]
-) -> tuple[int, str, tuple[float, ...], float] | None:
+) -> _Everywhere | None:
     found = []
-    for seed in sorted(set.intersection(*(set(traces[label]) for label in pair))):
-        runs = [_ok_runs(traces[label][seed]) for label in pair]
-        for run_id in sorted(set.intersection(*(set(part) for part in runs))):
-            records = [part[run_id] for part in runs]
-            latency_s = tuple(one.finish_s - one.arrival_s for one in records)
-            if latency_s[0] > 0:
-                found.append(_Both(seed, run_id, records[0].calls, latency_s))
+    for seed in sorted(set.intersection(*map(set, traces.values()))):
+        runs = {label: _ok_runs(part[seed]) for label, part in traces.items()}
+        for run_id in sorted(set.intersection(*map(set, runs.values()))):
+            records = {label: part[run_id] for label, part in runs.items()}
+            latency_s = {label: one.finish_s - one.arrival_s for label, one in records.items()}
+            if latency_s[pair[0]] > 0:
+                found.append(
+                    _Everywhere(
+                        seed,
+                        run_id,
+                        records[pair[0]].calls,
+                        tuple(latency_s.values()),
+                        relative_difference(latency_s[pair[0]], latency_s[pair[-1]]),
+                    )
+                )
     if not found:
         return None
     enough = sorted(one.calls for one in found)[len(found) // 2]
@@ -415,8 +429,7 @@ def _typical_run(
         (one for one in found if one.calls >= enough),
         key=lambda one: (one.difference, one.seed, one.run_id),
     )
-    middle = large[len(large) // 2]
-    return middle.seed, middle.run_id, middle.latency_s, middle.difference
+    return large[len(large) // 2]
 
 
 def _ok_runs(records: Iterable[TraceRecord]) -> dict[str, RunRecord]:

@@ -430,9 +430,9 @@ def _gantt_bar(
         bar(one.ready_s, one.finish_s, facecolor="white", edgecolor=GREY, hatch="\\\\\\\\",
             linewidth=0.8)  # fmt: skip
     word = one.endpoint or "tool"
-    axes.text(
-        one.finish_s, number, f" {word}{' failed' if one.failed else ''}",
-        va="center", fontsize=7.5, color="black",
+    axes.annotate(
+        f"{word}{' failed' if one.failed else ''}", (one.finish_s, number), xytext=(3, 0),
+        textcoords="offset points", va="center", fontsize=7.5,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.2},
     )  # fmt: skip
 

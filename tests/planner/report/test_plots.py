@@ -122,7 +122,7 @@ def test_gantt_names_calls_tools_and_endpoints() -> None:
     shown = words(plots.run_gantt(panels, "s0-r0"))
     assert "round_robin: done after 10.00 s" in shown
     assert "almanac: done after 7.20 s" in shown
-    for word in ("triage", "draft", "search", " h100", " a100", " tool"):
+    for word in ("triage", "draft", "search", "h100", "a100", "tool"):
         assert word in shown
     with pytest.raises(InvalidInput, match="no run 'nobody'"):
         plots.run_gantt(panels, "nobody")
