@@ -40,7 +40,7 @@ from runtime.control import Control
 from runtime.endpoints import EndpointLink
 from runtime.forwarding import ClientGone, Forwarder
 from runtime.prometheus import CONTENT_TYPE
-from runtime.transport import open_session
+from runtime.transport import bind_problem, open_session
 from runtime.wire import ApiError
 
 __all__ = ["Gateway"]
@@ -130,9 +130,9 @@ class Gateway:
                 await web.TCPSite(self._runner, self._host, self._port).start()
             except OSError as error:
                 raise InvalidInput(
-                    f"port {self._port} on {self._host} cannot be bound ({error.strerror})",
+                    f"port {self._port} on {self._host} cannot be bound ({bind_problem(error)})",
                     where="--port",
-                    remedy="stop what uses it or choose another port",
+                    remedy="check --host, stop what uses the port or choose another",
                 ) from error
             for job in (self._probe_loop(), self._expire_loop()):
                 task = asyncio.create_task(job)

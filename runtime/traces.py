@@ -20,9 +20,13 @@ _TIMES = (
     "time_s",
 )  # fmt: skip
 
+_BEGINS = ("arrival_s", "ready_s", "start_s", "time_s")
+
 
 class TraceWriter:
     """An open trace file.
+
+    What began before it was opened is left out, so a trace holds whole runs and calls.
 
     Parameters
     ----------
@@ -41,7 +45,7 @@ class TraceWriter:
 
     def __init__(self, path: Path, *, now_s: float = 0.0, header: dict[str, Any]) -> None:
         self.path = path
-        self._origin_s = now_s
+        self._opened_s = self._origin_s = now_s
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             last_s = _last_time(path)
@@ -60,6 +64,8 @@ class TraceWriter:
     def write(self, record: TraceRecord) -> None:
         """Append one record; its times are shifted to the file's clock."""
         raw = record_to_json(record)
+        if any(raw.get(name, self._opened_s) < self._opened_s for name in _BEGINS):
+            return
         for name in _TIMES:
             value = raw.get(name)
             if value is not None:

@@ -6,9 +6,11 @@ connections: how many calls an endpoint gets is the router's decision, not the p
 
 from __future__ import annotations
 
+import os
+
 import aiohttp
 
-__all__ = ["open_session"]
+__all__ = ["bind_problem", "open_session"]
 
 
 def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
@@ -32,3 +34,11 @@ def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
     )
+
+
+def bind_problem(error: OSError) -> str:
+    """Return in a few words why a port could not be bound."""
+    # asyncio wraps the reason into a sentence of its own; name resolution has negative numbers.
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return error.strerror or type(error).__name__

@@ -102,9 +102,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.trace is not None:
         control.set_trace(args.trace)
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s"
-    )
+    _log_to_stderr()
 
     async def serve() -> int:
         stop = asyncio.Event()
@@ -140,6 +138,22 @@ def _admin_key(name: str | None) -> str | None:
             remedy=f"export {name}=<secret>",
         )
     return key
+
+
+class _Facts(logging.Formatter):
+    """Level, message, and the facts given in ``extra``."""
+
+    _own = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = " ".join(f"{k}={v}" for k, v in record.__dict__.items() if k not in self._own)
+        return f"{super().format(record)} {facts}".rstrip()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Facts("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def _say(text: str) -> None:

@@ -37,6 +37,7 @@ from runtime.mock.protocol import (
 )
 from runtime.mock.text import chat_tokens, prompt_tokens
 from runtime.prometheus import CONTENT_TYPE
+from runtime.transport import bind_problem
 from runtime.wire import DONE, ApiError, sse
 
 __all__ = ["MockConfig", "MockEndpoint", "MockFleet"]
@@ -395,9 +396,9 @@ class MockFleet:
                     await web.TCPSite(runner, self._host, port).start()
                 except OSError as error:
                     raise InvalidInput(
-                        f"port {port} cannot be bound ({error.strerror})",
+                        f"port {port} cannot be bound ({bind_problem(error)})",
                         where=f"worker {mock.endpoint.id!r}: url",
-                        remedy="stop what uses it or change the port in the fleet file",
+                        remedy="stop what uses it, or change the port in the fleet file or --host",
                     ) from error
             for mock in self.endpoints:
                 task = asyncio.create_task(mock.paced.run(), name=f"engine {mock.endpoint.id}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -71,6 +72,19 @@ class Stack:
         return f"{self.gateway.address}/v1"
 
 
+async def wait_until(condition: Callable[[], Any], pause_s: float = 0.0) -> None:
+    """Wait for something that is about to happen, five seconds at most."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the condition belongs to the code under test
+            await asyncio.sleep(pause_s)
+
+
+@pytest.fixture
+def until() -> Callable[..., Any]:
+    """Return `wait_until`."""
+    return wait_until
+
+
 @pytest.fixture
 def fleet_of() -> Callable[..., Fleet]:
     """Return `make_fleet`."""
@@ -98,9 +112,7 @@ def stack() -> Callable[..., AbstractAsyncContextManager[Stack]]:
         **control: Any,
     ) -> AsyncIterator[Stack]:
         fleet = make_fleet(count, **(changes or {}))
-        mock = MockFleet(
-            fleet, MockConfig(dilation=DILATION, **(mock_config or {})), any_port=True
-        )
+        mock = MockFleet(fleet, MockConfig(dilation=DILATION, **(mock_config or {})), any_port=True)
         async with mock:
             state = Control(
                 with_urls(fleet, list(mock.addresses)),

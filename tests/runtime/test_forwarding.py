@@ -264,12 +264,11 @@ async def test_a_whole_fleet_down_means_waiting_then_503(bench):
 @pytest.mark.parametrize(
     "script", [["hang"], [stream("hang")], [stream(TOKEN, "hang")], [(200, ("hang",), False)]]
 )
-async def test_a_client_that_leaves_gives_everything_back(bench, script):
+async def test_a_client_that_leaves_gives_everything_back(bench, script, until):
     """Cancelling at any stage closes the upstream answer and settles the attempt."""
     one = bench(script)
     task = asyncio.create_task(one.ask(stream=True))
-    while not one.links[0].sent:
-        await asyncio.sleep(0)
+    await until(lambda: one.links[0].sent)
     for _ in range(10):
         await asyncio.sleep(0)
     task.cancel()

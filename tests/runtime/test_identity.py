@@ -30,7 +30,8 @@ def test_our_headers_give_everything():
         }
     )
     assert identity.run_id == "run1"
-    assert (identity.workflow, identity.node, identity.site) == ("abc", "outer|inner", "outer|inner#1")  # fmt: skip
+    assert (identity.workflow, identity.node) == ("abc", "outer|inner")
+    assert identity.site == "outer|inner#1"
     assert (identity.step, identity.visit, identity.attempt) == (4, 2, 1)
     assert (identity.session_id, identity.source) == ("s1", "run")
 
@@ -62,7 +63,7 @@ def test_body_fields_stand_for_the_run(payload):
 
 
 def test_an_agent_program_is_a_run():
-    """vLLM's agentic context names the program, which is the run; the session stays."""
+    """The program of vLLM's agentic context is the run; the session stays."""
     payload = {"vllm_xargs": {"agentic_context": {"program_id": "p"}}, "user": "u"}
     identity = who(payload=payload)
     assert (identity.run_id, identity.session_id, identity.source) == ("p", "u", "program")

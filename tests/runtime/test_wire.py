@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -71,7 +72,7 @@ class TestSseTap:
         """However the bytes arrive, all events pass unchanged and the usage is learned."""
         tap = SseTap()
         edges = [0, *sorted(cuts), len(STREAM)]
-        out = b"".join(tap.feed(STREAM[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+        out = b"".join(tap.feed(STREAM[a:b]) for a, b in pairwise(edges))
         assert out + tap.rest() == STREAM
         assert tap.usage == Usage(prompt_tokens=3, output_tokens=2)
         assert (tap.done, tap.failed, tap.chunks) == (True, False, 3)
