@@ -145,21 +145,30 @@ def run(args: argparse.Namespace) -> int:
     for setup in setups:
         if setup.table is not None:
             save_table(setup.table, args.out / "table.json")
-    progress("simulating the same question over more seeds")
-    twin = simulate_setups(
-        setups,
-        {seed: workload(seed, args.simulated_runs) for seed in range(args.simulated_seeds)},
-        fleet,
-        forecaster,
-        title=f"simulated twin: {workflow.name} on fleet {fleet.name}",
-        settings={**settings, "seeds": args.simulated_seeds, "runs_per_seed": args.simulated_runs},
-        noise_cv=args.noise_cv,
-        jobs=args.jobs,
+
+    def simulated(title: str, seeds: int, count: int) -> Results:
+        return simulate_setups(
+            setups,
+            {seed: workload(seed, count) for seed in range(seeds)},
+            fleet,
+            forecaster,
+            title=title,
+            settings={**settings, "seeds": seeds, "runs_per_seed": count},
+            noise_cv=args.noise_cv,
+            jobs=args.jobs,
+        )
+
+    question = f"{workflow.name} on fleet {fleet.name}"
+    progress("simulating the live runs, then the same question over more seeds")
+    save_results(
+        simulated(f"simulated twin: {question}", args.seeds, args.runs),
+        args.out / "simulated.json",
     )
-    save_results(twin, args.out / "simulated.json")
-    results = _live(args, setups, {s: workload(s, args.runs) for s in range(args.seeds)})
+    study = simulated(f"simulated: {question}", args.simulated_seeds, args.simulated_runs)
+    save_results(study, args.out / "study.json")
+    policies = _live(args, setups, {s: workload(s, args.runs) for s in range(args.seeds)})
     results = Results(
-        title=f"live: {workflow.name} on fleet {fleet.name}",
+        title=f"live: {question}",
         mode="live",
         settings={
             **settings,
@@ -167,15 +176,15 @@ def run(args: argparse.Namespace) -> int:
             "dilation": args.dilation,
             "stream_interval": args.stream_interval,
         },
-        policies=results,
+        policies=policies,
     )
     save_results(results, args.out)
     if args.json:
-        print(json.dumps({"live": results.to_json(), "simulated": twin.to_json()}))
+        print(json.dumps({"live": results.to_json(), "study": study.to_json()}))
     else:
         print(results_table(results))
         print()
-        print(results_table(twin))
+        print(results_table(study))
     return 0
 
 

@@ -41,7 +41,7 @@ __all__ = ["write_report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
-  max-width: 68rem; padding: 1.5rem; }
+  max-width: 80rem; padding: 1.5rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { margin-top: 2.4rem; border-bottom: 1px solid #999; }
 .scroll { overflow-x: auto; }
@@ -51,7 +51,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ccc
   font-variant-numeric: tabular-nums; vertical-align: top; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 thead th { border-bottom: 2px solid #333; }
-.nowrap td, .nowrap th { white-space: nowrap; }
+.nowrap td, .nowrap th { white-space: nowrap; font-size: .8rem; }
 .verdict { font-weight: 700; border: 1px solid #333; border-radius: .2rem; padding: 0 .3rem; }
 .win { background: #cfe4f2; } .loss { background: #fbd9bd; } .tie { background: #eee; }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; }
@@ -89,6 +89,7 @@ def write_report(folder: Path, out: Path) -> Path:
         _results_section(table),
         _pictures_section(results, table, pair, traces),
         _twin_section(folder, results),
+        _study_section(folder),
         _workflow_section(folder),
         _plan_section(folder),
         _models_section(folder, results),
@@ -126,6 +127,10 @@ def _summary(results: Results, table: ComparisonTable) -> str:
 
 
 def _results_section(table: ComparisonTable) -> str:
+    return _section("Results", _comparison_table(table))
+
+
+def _comparison_table(table: ComparisonTable) -> str:
     head = ["policy", *(column.heading for column in COLUMNS)]
     head += [f"{_NAMES[metric]} against best baseline" for metric in COMPARED]
     rows = []
@@ -148,7 +153,7 @@ def _results_section(table: ComparisonTable) -> str:
         )
         + "."
     )
-    return _section("Results", _table(head, rows, escape(caption), style="nowrap"))
+    return _table(head, rows, escape(caption), style="nowrap")
 
 
 def _pictures_section(
@@ -237,8 +242,23 @@ def _twin_section(folder: Path, results: Results) -> str:
     head = ["policy"]
     for metric in COMPARED:
         head += [f"{_NAMES[metric]} {results.mode} s", f"{_NAMES[metric]} {twin.mode} s", "off by"]
-    caption = escape(f"{twin.title}: the same comparison in the simulator.")
+    caption = escape(f"{twin.title}: the same runs in the simulator.")
     return _section("Simulated twin", _table(head, rows, caption, style="nowrap"))
+
+
+def _study_section(folder: Path) -> str:
+    """Show the same question over more seeds than can be run live."""
+    path = folder / "study.json"
+    if not path.exists():
+        return ""
+    study = load_results(path)
+    table = compare(study)
+    bars = _picture(
+        plots.latency_bars(table),
+        f"Bars of mean and P95 run latency by policy: {_figures(table)}",
+        "Mean and P95 run latency in the simulator; the whisker spans the seeds.",
+    )
+    return _section(f"More seeds: {study.title}", _comparison_table(table) + bars)
 
 
 def _has(policies: Sequence[PolicyResult], metric: str) -> bool:
@@ -319,7 +339,17 @@ def _models_section(folder: Path, results: Results) -> str:
     path = folder / (named if isinstance(named, str) else "models/model_card.json")
     if not path.exists():
         return ""
-    return _section("Predictors", _value(read_json(path, what="model card")))
+    card = read_json(path, what="model card")
+    if not isinstance(card, Mapping):
+        return _section("Predictors", _value(card))
+    # Each table of the card at full width; a table inside a table's cell is hard to read.
+    parts = []
+    for name in sorted(card, key=lambda key: key != "results"):
+        value = card[name]
+        if isinstance(value, list) and value:
+            parts.append(f"<h3>{escape(str(name)).replace('_', ' ')}</h3>\n{_value(value)}")
+    facts = {key: value for key, value in card.items() if not isinstance(value, list)}
+    return _section("Predictors", "".join(parts) + _value(facts))
 
 
 def _settings_section(results: Results) -> str:
