@@ -13,11 +13,13 @@ vllm 0.33.0: vllm/v1/core/block_pool.py, kv_cache_utils.py (``FreeKVCacheBlockQu
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from itertools import islice
+from typing import Protocol
 
-__all__ = ["Block", "BlockPool"]
+__all__ = ["Block", "BlockPool", "Eviction", "RankedPool", "SharedLast"]
 
 
 class Block:
@@ -28,7 +30,8 @@ class Block:
     content
         Hash of the chain up to and including this block.
     refs
-        Requests that use it; 0 means it waits in the free queue and may be reused or evicted.
+        Requests that use it; 0 means it waits in the free queue and may be reused or evicted, -1
+        that its content was dropped.
     twin
         A later block with the same content, or None; vLLM does not merge duplicates.
     entries
@@ -118,6 +121,24 @@ class BlockPool:
                     else:
                         self._forget_twin(block)
 
+    def forget(self, contents: Sequence[int]) -> int:
+        """Make the idle blocks of these contents blank, twins included; return how many."""
+        dropped = 0
+        for content in contents:
+            block = self._cached.get(content)
+            while block is not None:
+                after = block.twin
+                if block.refs == 0:
+                    if after is None and self._cached[content] is block:
+                        del self._cached[content]
+                    else:
+                        self._forget_twin(block)
+                    block.refs = -1  # its entry in the free queue counts no more
+                    dropped += 1
+                block = after
+        self.idle -= dropped
+        return dropped
+
     def label(self, contents: Sequence[int]) -> list[Block]:
         """Give as many of the caller's blank blocks their hashes; they are blocks in use."""
         blocks = [Block(content) for content in contents]
@@ -187,3 +208,97 @@ class BlockPool:
         for block in kept:
             block.entries = 1
         self._queue = kept
+
+
+class Eviction(Protocol):
+    """Says which idle cached blocks go first."""
+
+    def rank(self, content: int, uses: int) -> float:
+        """Return a rank when a block becomes idle; the smallest goes first, older before newer.
+
+        Parameters
+        ----------
+        content
+            Hash of its chain.
+        uses
+            How many requests have made or reused this content so far, >= 1.
+        """
+
+
+class SharedLast:
+    """Content that one request only has used goes before what several share; LRU in each."""
+
+    def rank(self, content: int, uses: int) -> float:  # noqa: ARG002 - the protocol's signature
+        """Return 0 for private content, 1 for shared."""
+        return 1.0 if uses > 1 else 0.0
+
+
+class RankedPool(BlockPool):
+    """A pool that evicts by rank instead of age; slower, the same otherwise.
+
+    Parameters
+    ----------
+    eviction
+        Ranks the blocks. `Block.entries` is here the stamp of the entry that counts.
+    """
+
+    __slots__ = ("_eviction", "_heap", "_stamps", "_uses")
+
+    def __init__(self, blocks: int, eviction: Eviction) -> None:
+        super().__init__(blocks)
+        self._eviction = eviction
+        self._heap: list[tuple[float, int, Block]] = []
+        self._stamps = 0
+        self._uses: Counter[int] = Counter()
+
+    def acquire(self, hits: Sequence[Block]) -> None:
+        """Use cached blocks."""
+        super().acquire(hits)
+        self._uses.update(block.content for block in hits)
+
+    def label(self, contents: Sequence[int]) -> list[Block]:
+        """Give blank blocks their hashes."""
+        self._uses.update(contents)
+        return super().label(contents)
+
+    def release(self, labelled: Sequence[Block], blank: int) -> None:
+        """Give back a request's blocks, last first."""
+        freed = 0
+        for block in reversed(labelled):
+            block.refs -= 1
+            if block.refs == 0:
+                self._stamps += 1
+                block.entries = self._stamps
+                rank = self._eviction.rank(block.content, self._uses[block.content])
+                heappush(self._heap, (rank, self._stamps, block))
+                freed += 1
+        self.idle += freed
+        self.free += freed + blank
+        if len(self._heap) > 2 * self.total:
+            self._heap = [entry for entry in self._heap if self._counts(entry)]
+            heapify(self._heap)
+
+    def take(self, count: int) -> None:
+        """Take ``count`` blocks, evicting the lowest ranks."""
+        self.free -= count
+        while self.idle > self.free:
+            entry = heappop(self._heap)
+            if self._counts(entry):
+                block = entry[2]
+                self.idle -= 1
+                if block.twin is None and self._cached[block.content] is block:
+                    del self._cached[block.content]
+                else:
+                    self._forget_twin(block)
+                block.refs = -1
+
+    def clear(self) -> bool:
+        """Forget every cached block; refused (False) while any block is in use."""
+        cleared = super().clear()
+        if cleared:
+            self._heap.clear()
+        return cleared
+
+    def _counts(self, entry: tuple[float, int, Block]) -> bool:
+        _, stamp, block = entry
+        return block.refs == 0 and block.entries == stamp

@@ -10,6 +10,12 @@ Rules
    prefix cache still holds; its output so far is kept.
 4. Nothing is admitted in a step that preempted. The head of the queue blocks those behind it.
 5. Step k+1 starts when step k ends. A call is seen by the first step that starts after it came.
+6. A call whose KV lies elsewhere (`EngineRequest.remote_tokens`: another engine, host memory)
+   takes all its blocks when it reaches the head, then waits without a slot until whoever drives
+   the engine says that the KV is there (`Engine.pulled`); it is served before the queue.
+7. Blocks can be held for others: a finished prefill's until it is read (``keep_blocks``), a
+   prefix between two calls (`Engine.pin`). If nothing runs and the head finds no room, pins fall,
+   oldest first; blocks to be read do not, and the engine stalls until they are given back.
 
 What makes it fast
 Calls that decode advance in lockstep, one token a step, so they are kept as sums: how many, their
@@ -29,12 +35,14 @@ Two ways to drive it, with the same times to the last bit
 
 References
 ----------
-vllm 0.33.0: vllm/v1/core/sched/scheduler.py, vllm/v1/core/kv_cache_manager.py.
+vllm 0.33.0: vllm/v1/core/sched/scheduler.py, vllm/v1/core/kv_cache_manager.py,
+vllm/distributed/kv_transfer/kv_connector/v1/nixl/pull_scheduler.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heappush
@@ -44,7 +52,7 @@ import numpy as np
 
 from planner.domain.errors import IllegalEvent, InvalidInput
 from planner.domain.fleet import Endpoint
-from planner.sim.blockpool import Block, BlockPool
+from planner.sim.blockpool import Block, BlockPool, Eviction, RankedPool
 from planner.sim.steptime import Batch, StepTime
 
 __all__ = [
@@ -56,6 +64,7 @@ __all__ = [
     "Finished",
     "FirstToken",
     "Preempted",
+    "PullStarted",
     "StepResult",
     "StepToken",
 ]
@@ -63,7 +72,7 @@ __all__ = [
 FinishReason = Literal["stop", "length"]
 
 # A call that lingers has stopped by EOS, but was planned into one more step.
-_WAITING, _PREFILLING, _DECODING, _LINGERING = range(4)
+_WAITING, _PREFILLING, _DECODING, _LINGERING, _PULLING = range(5)
 
 _NOISE_STEPS = 32  # most steps that share one draw of the noise
 
@@ -179,13 +188,17 @@ class EngineRequest:
     stops_at_eos
         It ends because the model says so, not because a limit was reached: finish reason
         ``stop``, and one wasted step under async scheduling.
+    remote_tokens
+        Leading prompt tokens whose KV can be pulled from elsewhere, 0 to ``prompt_tokens``.
+    keep_blocks
+        When it finishes its blocks stay in use until `Engine.release`; not with ``stops_at_eos``.
 
     Attributes
     ----------
     first_scheduled_s, first_token_s, finish_s
         Instants, or None if not reached.
     cached_tokens
-        Prompt tokens found in the prefix cache when first scheduled.
+        Prompt tokens found in the prefix cache, or pulled, when first scheduled.
     preemptions
         Times it was preempted.
     generated_tokens
@@ -199,6 +212,8 @@ class EngineRequest:
     priority: int = 0
     arrival_s: float = 0.0
     stops_at_eos: bool = False
+    remote_tokens: int = 0
+    keep_blocks: bool = False
 
     first_scheduled_s: float | None = field(default=None, init=False)
     first_token_s: float | None = field(default=None, init=False)
@@ -229,11 +244,15 @@ class _Call:
         Those of the request, or () without prefix caching.
     blocks
         Its blocks with a hash, from the first one on.
+    remote
+        Leading tokens that may yet be pulled.
+    spare
+        Blocks taken for tokens not computed yet, while it pulls or prefills.
     """
 
     __slots__ = (
-        "blocks", "computed", "hashes", "known", "last_tick", "offset", "request", "serial",
-        "state",
+        "blocks", "computed", "hashes", "known", "last_tick", "offset", "remote", "request",
+        "serial", "spare", "state",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, hashes: tuple[int, ...]) -> None:
@@ -246,6 +265,8 @@ class _Call:
         self.last_tick = 0
         self.hashes = hashes
         self.blocks: list[Block] = []
+        self.remote = request.remote_tokens
+        self.spare = 0
 
 
 # Events are named tuples, because they are made by the hundred thousand.
@@ -271,7 +292,15 @@ class Preempted(NamedTuple):
     request: EngineRequest
 
 
-EngineEvent = FirstToken | Finished | Preempted
+class PullStarted(NamedTuple):
+    """A request has its blocks and waits for ``tokens`` of KV; answer with `Engine.pulled`."""
+
+    time_s: float
+    request: EngineRequest
+    tokens: int
+
+
+EngineEvent = FirstToken | Finished | Preempted | PullStarted
 
 
 class StepToken(NamedTuple):
@@ -306,13 +335,15 @@ class Engine:
     rng, noise_cv
         Multiply steps by lognormal noise of mean 1 and this coefficient of variation (>= 0; 0
         needs no generator). One draw covers one prefill step, or up to 32 decode steps.
+    eviction
+        Which cached blocks go first; None is vLLM's own order, least recently freed first.
 
     Attributes
     ----------
     now_s
         The instant up to which it has been advanced.
     num_running, num_waiting
-        Calls with a slot, calls without.
+        Calls with a slot, calls without (those that pull included).
     queued_prefill_tokens
         Tokens to be computed before every call in the engine decodes; a waiting call counts in
         full, since its cache hits are known only when it is admitted.
@@ -338,15 +369,19 @@ class Engine:
         "_generated",
         "_growing",
         "_growth_s",
+        "_kept",
         "_live",
         "_partial",
         "_phases",
+        "_pins",
         "_pool",
         "_prefilled",
+        "_pulled",
         "_rng",
         "_running",
         "_scale",
         "_serials",
+        "_stalled",
         "_start_s",
         "_steps",
         "_steps_done",
@@ -373,6 +408,7 @@ class Engine:
         *,
         rng: np.random.Generator | None = None,
         noise_cv: float = 0.0,
+        eviction: Eviction | None = None,
     ) -> None:
         if noise_cv < 0 or (noise_cv > 0 and rng is None):
             raise InvalidInput(
@@ -386,13 +422,22 @@ class Engine:
         self._rng = rng
         self._cv = noise_cv
         self._scale = 1.0
-        self._pool = BlockPool(config.kv_blocks - 1)
+        self._pool = (
+            BlockPool(config.kv_blocks - 1)
+            if eviction is None
+            else RankedPool(config.kv_blocks - 1, eviction)
+        )
         self._watermark_blocks = math.floor(config.watermark * config.kv_blocks)
 
         self._live: dict[str, _Call] = {}
         # Heap of (key..., request); keys never tie.
         self._waiting: list[tuple[int, float, int | str, _Call]] = []
         self._running: dict[_Call, None] = {}  # in the order of admission
+        self._pulled: deque[_Call] = deque()  # have their KV and blocks, wait for a slot
+        self._stalled = False  # nothing runs and the head waits for blocks held for others
+        # Blocks held for others, by name: with a hash, and how many more.
+        self._kept: dict[str, tuple[list[Block], int]] = {}
+        self._pins: dict[str, list[Block]] = {}  # oldest first
         self._serials = 0
         self.num_running = 0
         self.num_waiting = 0
@@ -506,11 +551,12 @@ class Engine:
         """
         self._check(request)
         self._check_instant(now_s)
-        idle = not self._live and not self.num_running
+        idle = not self._busy()
         call = _Call(request, request.block_hashes if self.config.prefix_caching else ())
         self._live[request.request_id] = call
         self._queue(call)
         if idle:
+            self._stalled = False
             self._boundary_s = max(self._boundary_s, now_s)
         elif self._waiting[0][3] is call and self.num_running < self.config.max_num_seqs:
             # Elsewhere in the queue, or with no slot free, it changes nothing yet.
@@ -530,20 +576,90 @@ class Engine:
         call = self._live.pop(request_id, None)
         if call is None:
             return False
-        if self._steps > 1:
-            # What has ended is done with; the step in flight stays, and ends the stretch.
-            self._commit(self._completed(now_s))
-            self._cut(now_s)
-            if self._steps:
-                self._take(self._steps)
+        self._settle(now_s)
         if call.state == _WAITING:
             self.num_waiting -= 1
             self.queued_prefill_tokens -= call.known
             self._waiting = [entry for entry in self._waiting if entry[3] is not call]
             heapify(self._waiting)
+        elif call.state == _PULLING:
+            self._stop_pulling(call)
+            if call in self._pulled:
+                self._pulled.remove(call)
         else:
             self._leave(call, in_flight=self._taken - self._done if self._steps else 0)
+        self._wake(now_s)
         return True
+
+    def pulled(self, request_id: str, now_s: float, *, ok: bool = True) -> None:
+        """Say that the KV a call waited for is there, or (``ok`` False) that it never will be.
+
+        Without it the call goes back to the head of the queue and is prefilled here.
+
+        Raises
+        ------
+        IllegalEvent
+            If the call does not wait for KV, or ``now_s`` is out of reach.
+        """
+        self._check_instant(now_s)
+        call = self._live.get(request_id)
+        if call is None or call.state != _PULLING or call in self._pulled:
+            raise IllegalEvent(f"request {request_id!r} does not wait for KV")
+        self._settle(now_s)
+        call.remote = 0
+        if ok:
+            full = call.computed // self.config.block_tokens
+            call.blocks += self._pool.label(call.hashes[len(call.blocks) : full])
+            self._pulled.append(call)
+        else:
+            self._stop_pulling(call)
+            self._queue(call, in_front=True)
+        self._wake(now_s)
+
+    def release(self, request_id: str, now_s: float) -> bool:
+        """Give back the blocks that a finished call kept; False if it keeps none (any more)."""
+        self._check_instant(now_s)
+        kept = self._kept.pop(request_id, None)
+        if kept is None:
+            return False
+        self._settle(now_s)
+        self._pool.release(*kept)
+        self._wake(now_s)
+        return True
+
+    def pin(self, name: str, block_hashes: Sequence[int], now_s: float) -> int:
+        """Keep what is cached of a prefix from eviction until `unpin`.
+
+        Returns
+        -------
+        Blocks pinned. A pin of the same name is replaced.
+        """
+        self._check_instant(now_s)
+        self._settle(now_s)
+        hits = self._pool.lookup(block_hashes, len(block_hashes))
+        self._pool.acquire(hits)
+        old = self._pins.pop(name, None)
+        if old is not None:
+            self._pool.release(old, 0)
+        self._pins[name] = hits
+        return len(hits)
+
+    def unpin(self, name: str, now_s: float) -> bool:
+        """Let a pinned prefix be evicted again; False if there is no such pin (any more)."""
+        self._check_instant(now_s)
+        blocks = self._pins.pop(name, None)
+        if blocks is None:
+            return False
+        self._settle(now_s)
+        self._pool.release(blocks, 0)
+        self._wake(now_s)
+        return True
+
+    def forget(self, block_hashes: Sequence[int], now_s: float) -> int:
+        """Drop cached blocks that nobody uses, so that they are taken first; return how many."""
+        self._check_instant(now_s)
+        self._settle(now_s)
+        return self._pool.forget(block_hashes)
 
     def next_event_s(self) -> float:
         """Return when the engine must next be advanced; inf when it has nothing to do.
@@ -554,7 +670,7 @@ class Engine:
         """
         if self._steps:
             return self._end_s
-        return self._boundary_s if self._live or self.num_running else math.inf
+        return self._boundary_s if self._busy() else math.inf
 
     def advance(self, until_s: float) -> list[EngineEvent]:
         """Run to ``until_s`` (>= ``now_s``; inf runs dry) and return what happened, in order.
@@ -564,9 +680,11 @@ class Engine:
         events: list[EngineEvent] = []
         while True:
             if not self._steps:
-                if self._boundary_s > until_s or not (self._live or self.num_running):
+                if self._boundary_s > until_s or not self._busy():
                     break
                 self._plan(self._boundary_s, events)
+                if not self._steps:
+                    break
             if self._end_s > until_s:
                 break
             self._commit(self._steps)
@@ -589,7 +707,7 @@ class Engine:
         """
         if now_s < max(self.now_s, self._time(self._done) if self._steps else self._boundary_s):
             raise IllegalEvent(f"a step cannot start at {now_s} s: {self!r} is not that far")
-        if not (self._live or self.num_running):
+        if not self._busy():
             return None
         events: list[EngineEvent] = []
         if self._steps and now_s != self._time(self._done):
@@ -597,6 +715,8 @@ class Engine:
         if not self._steps:
             self._plan(now_s, events)
         self.now_s = now_s
+        if not self._steps:
+            return None
         done = self._done + 1
         end_s = self._time(done)
         yielding = [call.request for call in self._running if call.state == _DECODING]
@@ -646,8 +766,16 @@ class Engine:
             budget -= chunk
             chunks.append((chunk, partial.computed))
             self._compute(partial, chunk)
-        if self.num_waiting and not look_again:
-            look_again = self._admit(start_s, budget, chunks)
+        if self.num_waiting and (not look_again or not self.num_running):
+            look_again = self._admit(start_s, budget, chunks, events)
+        if not chunks and not self._decodes:
+            while self._waiting and self._pins and not chunks:
+                self._pool.release(self._pins.pop(next(iter(self._pins))), 0)
+                self._admit(start_s, budget, chunks, events)
+            if not chunks:
+                self._steps = 0
+                self._stalled = True
+                return
 
         self._steps = 1
         factor = self._scale
@@ -675,13 +803,46 @@ class Engine:
         )
         self._end_s = start_s + self._first_s
 
-    def _admit(self, now_s: float, budget: int, chunks: list[tuple[int, int]]) -> bool:
+    def _busy(self) -> bool:
+        """Whether a step can be planned."""
+        if self.num_running:
+            return True
+        return (bool(self._waiting) or bool(self._pulled)) and not self._stalled
+
+    def _settle(self, now_s: float) -> None:
+        """Bring the pool up to ``now_s``: what has ended is done, the step in flight ends all."""
+        if self._steps > 1:
+            self._commit(self._completed(now_s))
+            self._cut(now_s)
+            if self._steps:
+                self._take(self._steps)
+
+    def _wake(self, now_s: float) -> None:
+        """Plan again if the engine stood still, because something became possible."""
+        self._stalled = False
+        if not self._steps and not self.num_running:
+            self._boundary_s = max(self._boundary_s, now_s)
+
+    def _admit(
+        self,
+        now_s: float,
+        budget: int,
+        chunks: list[tuple[int, int]],
+        events: list[EngineEvent],
+    ) -> bool:
         """Admit from the head of the queue; True if the cache may yet help a blocked head."""
         config = self.config
         pool = self._pool
         size = config.block_tokens
         waiting = self._waiting
         slots = config.max_num_seqs - self.num_running
+        while self._pulled and budget > 0 and slots > 0:
+            call = self._pulled.popleft()
+            chunk = min(call.known - call.computed, budget)
+            slots -= 1
+            budget -= chunk
+            chunks.append((chunk, call.computed))
+            self._start(call, chunk, now_s)
         while waiting and budget > 0 and slots > 0:
             call = waiting[0][3]
             known = call.known
@@ -690,7 +851,8 @@ class Engine:
             held = len(hits)
             cached = held * size
             chunk = min(known - cached, budget)
-            reach = known if config.reserve_full_isl else cached + chunk
+            pulls = min(call.remote, known - 1) > cached
+            reach = known if config.reserve_full_isl or pulls else cached + chunk
             need = -(-reach // size) - held
             for block in hits:
                 if block.refs == 0:
@@ -700,40 +862,74 @@ class Engine:
             if need > pool.free:
                 return self._may_gain(call, held)
             heappop(waiting)
-            self.num_waiting -= 1
             pool.acquire(hits)
-            pool.take(-(-(cached + chunk) // size) - held)
-            self._serials += 1
-            call.serial = self._serials
-            call.state = _PREFILLING
             call.blocks = hits
+            if config.prefix_caching and call.request.first_scheduled_s is None:
+                self.prefix_queries_total += known
+                self.prefix_hits_total += cached
+            if pulls:
+                self._pull(call, cached, now_s, events)
+                continue
+            pool.take(-(-(cached + chunk) // size) - held)
             call.computed = cached
-            self._running[call] = None
-            self.num_running += 1
             slots -= 1
             budget -= chunk
             self.queued_prefill_tokens -= cached
-            request = call.request
-            if request.first_scheduled_s is None:
-                request.first_scheduled_s = now_s
-                request.cached_tokens = cached
-                if config.prefix_caching:
-                    self.prefix_queries_total += known
-                    self.prefix_hits_total += cached
             chunks.append((chunk, cached))
-            self._compute(call, chunk)
+            self._start(call, chunk, now_s)
         return False
+
+    def _start(self, call: _Call, chunk: int, now_s: float) -> None:
+        """Give a call its slot and its first chunk, whose blocks are taken."""
+        self.num_waiting -= 1
+        self._serials += 1
+        call.serial = self._serials
+        call.state = _PREFILLING
+        self._running[call] = None
+        self.num_running += 1
+        request = call.request
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now_s
+            request.cached_tokens = call.computed
+        self._compute(call, chunk)
+
+    def _pull(self, call: _Call, cached: int, now_s: float, events: list[EngineEvent]) -> None:
+        """Take all blocks of a call whose first ``cached`` tokens are here, and ask for KV."""
+        size = self.config.block_tokens
+        total = -(-call.known // size)
+        self._pool.take(total - len(call.blocks))
+        # At least one token is computed here, as after a prefix hit.
+        call.computed = min(call.remote, call.known - 1)
+        call.spare = total - -(-call.computed // size)
+        call.state = _PULLING
+        self.queued_prefill_tokens -= call.computed
+        events.append(PullStarted(now_s, call.request, call.remote - cached))
+
+    def _stop_pulling(self, call: _Call) -> None:
+        """Take a pulling call out, and its blocks back."""
+        self.num_waiting -= 1
+        self.queued_prefill_tokens -= call.known - call.computed
+        held = -(-call.known // self.config.block_tokens)
+        self._pool.release(call.blocks, held - len(call.blocks))
+        call.blocks = []
+        call.spare = 0
+        call.remote = 0
 
     def _chunk(self, call: _Call) -> tuple[int, int]:
         """Return tokens and blocks that a running prefill gets in the step being planned."""
         computed = call.computed
         size = self.config.block_tokens
         chunk = min(call.known - computed, self.config.max_num_batched_tokens - self._decodes)
-        return chunk, -(-(computed + chunk) // size) - -(-computed // size)
+        need = -(-(computed + chunk) // size) - -(-computed // size)
+        return chunk, max(0, need - call.spare)
 
     def _compute(self, call: _Call, chunk: int) -> None:
         """Count a prefill chunk as computed; its blocks are already taken."""
         computed = call.computed + chunk
+        if call.spare:
+            size = self.config.block_tokens
+            used = -(-computed // size) - -(-call.computed // size)
+            call.spare = max(0, call.spare - used)
         call.computed = computed
         self.queued_prefill_tokens -= chunk
         if call.hashes:
@@ -954,10 +1150,10 @@ class Engine:
             self._growing[call.offset % self.config.block_tokens].pop(call, None)
             heappush(self._finishes, (self._tick + 1, call.serial, call))
         else:
-            self._leave(call)
+            self._leave(call, keep=request.keep_blocks)
 
-    def _leave(self, call: _Call, in_flight: int = 0) -> None:
-        """Take a running call off its slot and give its blocks back.
+    def _leave(self, call: _Call, *, in_flight: int = 0, keep: bool = False) -> None:
+        """Take a running call off its slot and give its blocks back, or ``keep`` them.
 
         ``in_flight`` is 1 if the blocks of a step not yet committed are taken.
         """
@@ -980,8 +1176,13 @@ class Engine:
                 call.known = computed + 1
                 call.request.generated_tokens = computed + 1 - call.request.prompt_tokens
             computed += in_flight
-        self._pool.release(call.blocks, -(-computed // size) - len(call.blocks))
+        blank = -(-computed // size) - len(call.blocks) + call.spare
+        if keep:
+            self._kept[call.request.request_id] = (call.blocks, blank)
+        else:
+            self._pool.release(call.blocks, blank)
         call.blocks = []
+        call.spare = call.remote = 0
         call.serial = -1
         del self._running[call]
         self.num_running -= 1
@@ -1052,6 +1253,16 @@ class Engine:
         if name in self._live or request.first_scheduled_s is not None:
             raise IllegalEvent(f"request {name!r} was submitted before")
         prompt, output = request.prompt_tokens, request.output_tokens
+        if name in self._kept:
+            raise IllegalEvent(f"blocks of request {name!r} are still kept")
+        if not 0 <= request.remote_tokens <= prompt or (
+            request.keep_blocks and request.stops_at_eos
+        ):
+            raise InvalidInput(
+                f"remote_tokens {request.remote_tokens}, keep_blocks {request.keep_blocks}",
+                where=f"request {name!r}",
+                remedy="pull at most the prompt, and keep blocks of calls with a length limit only",
+            )
         if prompt < 1 or output < 1:
             raise InvalidInput(
                 f"{prompt} prompt and {output} output tokens",
