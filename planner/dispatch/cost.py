@@ -53,12 +53,19 @@ def call_cost(
     forecast: Forecast,
     state: EndpointState,
     now_s: float,
+    *,
+    prefilled: bool = False,
 ) -> Cost:
-    """Return the cost of sending a call to an endpoint now."""
+    """Return the cost of sending a call to an endpoint now.
+
+    ``prefilled`` says that its prompt was computed elsewhere; its KV comes along.
+    """
     row = state.latency
     endpoint = state.endpoint
     slots = endpoint.max_num_seqs
     cached = min(prompt_tokens - 1, int(state.prefix.match(prefix) * prefix_tokens))
+    if prefilled:
+        cached = prompt_tokens - 1
     cached = max(cached, 0)
     uncached = prompt_tokens - cached
     output = forecast.output_tokens

@@ -21,6 +21,7 @@ __all__ = [
     "Event",
     "FirstToken",
     "Hold",
+    "PrefillFinished",
     "RunEnded",
     "RunStarted",
     "Send",
@@ -94,6 +95,14 @@ class CallArrived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillFinished:
+    """The prefill endpoint of a call has done its part; only with prefill/decode pools."""
+
+    call_id: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
     """The first token of a call came back."""
 
@@ -150,6 +159,7 @@ Event = (
     RunStarted
     | RunEnded
     | CallArrived
+    | PrefillFinished
     | FirstToken
     | CallFinished
     | CallFailed
@@ -179,6 +189,9 @@ class Send:
         Prompt tokens expected in the endpoint's cache.
     in_flight
         Calls in flight there before this one.
+    decode_endpoint
+        Index of the endpoint that takes over after the prefill, or None if ``endpoint`` serves
+        the call whole.
     """
 
     call_id: str
@@ -189,6 +202,7 @@ class Send:
     predicted_output_tokens: float
     cached_tokens: int
     in_flight: int
+    decode_endpoint: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ House rules
   run's log replayed here repeats its decisions.
 * Whatever a call was counted for is given back on every way out.
 * Held calls are sent oldest run first when an endpoint comes up.
+* With prefill/decode pools a call is counted at both ends from the start; its prefill endpoint
+  stops counting it when its part is done.
 """
 
 from __future__ import annotations
@@ -28,11 +30,13 @@ from planner.dispatch.events import (
     Event,
     FirstToken,
     Hold,
+    PrefillFinished,
     RunEnded,
     RunStarted,
     Send,
 )
-from planner.dispatch.forecast import Forecaster
+from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.pairing import decode_s, entries, pair, prefill_only
 from planner.dispatch.policies.base import Policy, Ready, cost_of
 from planner.dispatch.view import EndpointState, FleetView, Resident
 from planner.domain.errors import IllegalEvent
@@ -51,6 +55,7 @@ class CallState(Enum):
 
 TRANSITIONS: Mapping[tuple[CallState, type], CallState | None] = {
     (CallState.HELD, CallCancelled): None,
+    (CallState.SENT, PrefillFinished): CallState.SENT,
     (CallState.SENT, FirstToken): CallState.STREAMING,
     (CallState.SENT, CallFinished): None,
     (CallState.SENT, CallFailed): None,
@@ -91,9 +96,11 @@ class Router:
                 for index, endpoint in enumerate(fleet.endpoints)
             ]
         )
+        self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
         self._states: dict[str, CallState] = {}
         self._calls: dict[str, Call] = {}
         self._where: dict[str, EndpointState] = {}
+        self._prefills: dict[str, EndpointState] = {}  # the other end, while it has work
         self._held: dict[str, CallArrived] = {}
         self._runs: dict[str, int] = {}
 
@@ -112,7 +119,7 @@ class Router:
                         f"call {event.call.call_id!r} arrived twice; give each attempt its own id"
                     )
                 return [self._place(event)]
-            case FirstToken() | CallFinished() | CallFailed() | CallCancelled():
+            case PrefillFinished() | FirstToken() | CallFinished() | CallFailed() | CallCancelled():
                 self._advance(event)
                 return []
             case RunStarted():
@@ -133,7 +140,8 @@ class Router:
 
     def _place(self, event: CallArrived) -> Command:
         call = event.call
-        candidates = self.view.candidates(call.model, event.exclude, _tokens(call))
+        serving = self.view.candidates(call.model, event.exclude, _tokens(call))
+        candidates = entries(serving) if self._pooled else serving
         if not candidates:
             self._states[call.call_id] = CallState.HELD
             self._held[call.call_id] = event
@@ -144,40 +152,70 @@ class Router:
         state = self.view.states[choice.endpoint]
         forecast = self.forecaster.of(call)
         cost = choice.cost or cost_of(call, forecast, state, event.now_s)
+        decode: EndpointState | None = None
+        finish_s = event.now_s + cost.own_s
+        if state.endpoint.role == "prefill":
+            decode = (
+                pair(call, forecast, state, serving, event.now_s)
+                if choice.decode_endpoint is None
+                else self.view.states[choice.decode_endpoint]
+            )
+            finish_s += decode_s(call, forecast, state, decode, event.now_s)
         command = Send(
             call_id=call.call_id,
             endpoint=choice.endpoint,
             priority=choice.priority,
             reason=choice.reason,
-            predicted_finish_s=event.now_s + cost.own_s,
+            predicted_finish_s=finish_s,
             predicted_output_tokens=forecast.output_tokens,
             cached_tokens=cost.cached_tokens,
             in_flight=state.in_flight,
+            decode_endpoint=None if decode is None else decode.index,
         )
+        uncached = float(call.prompt_tokens - cost.cached_tokens)
+        if decode is None:
+            self._reside(call, state, forecast, uncached, event.now_s)
+            self._where[call.call_id] = state
+        else:
+            self._reside(call, state, prefill_only(forecast), uncached, event.now_s)
+            self._reside(call, decode, forecast, 0.0, event.now_s)
+            self._prefills[call.call_id] = state
+            self._where[call.call_id] = decode
+        self._states[call.call_id] = CallState.SENT
+        self._calls[call.call_id] = call
+        return command
+
+    def _reside(
+        self, call: Call, state: EndpointState, forecast: Forecast, uncached: float, now_s: float
+    ) -> None:
+        """Count a call on an endpoint."""
         state.add(
             Resident(
                 call_id=call.call_id,
                 run_id=call.run_id,
                 prompt_tokens=call.prompt_tokens,
-                uncached_tokens=float(call.prompt_tokens - cost.cached_tokens),
+                uncached_tokens=uncached,
                 output_tokens=forecast.output_tokens,
                 criticality=forecast.criticality,
-                sent_s=event.now_s,
+                sent_s=now_s,
             )
         )
         state.prefix.record(call.prefix, call.prefix_tokens)
-        self._states[call.call_id] = CallState.SENT
-        self._calls[call.call_id] = call
-        self._where[call.call_id] = state
-        return command
 
-    def _advance(self, event: FirstToken | CallFinished | CallFailed | CallCancelled) -> None:
+    def _advance(
+        self, event: PrefillFinished | FirstToken | CallFinished | CallFailed | CallCancelled
+    ) -> None:
         call_id = event.call_id
         state = self._states.get(call_id)
         if state is None or (state, type(event)) not in TRANSITIONS:
             found = "unknown" if state is None else state.value
             raise IllegalEvent(f"{type(event).__name__} for call {call_id!r}, which is {found}")
         after = TRANSITIONS[state, type(event)]
+        prefill = self._prefills.pop(call_id, None)
+        if prefill is not None:
+            prefill.remove(call_id)
+        if isinstance(event, PrefillFinished):
+            return
         if after is not None:
             self._states[call_id] = after
             self._where[call_id].first_token(call_id, event.now_s)
@@ -195,7 +233,8 @@ class Router:
         )
         commands: list[Command] = []
         for held in waiting:
-            if not self.view.candidates(held.call.model, held.exclude, _tokens(held.call)):
+            serving = self.view.candidates(held.call.model, held.exclude, _tokens(held.call))
+            if not (entries(serving) if self._pooled else serving):
                 continue
             del self._held[held.call.call_id], self._states[held.call.call_id]
             commands.append(

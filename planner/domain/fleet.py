@@ -17,6 +17,13 @@ from planner.domain.errors import FleetError, InvalidInput
 from planner.domain.files import data_dir, read_text, read_yaml
 from planner.domain.ids import EndpointId
 from planner.domain.latency import LatencyRow
+from planner.domain.memory import (
+    GB,
+    ModelSize,
+    gpu_memory_gb,
+    kv_blocks_that_fit,
+    model_size,
+)
 
 __all__ = ["FLEET_SCHEMA", "Endpoint", "Fleet", "latency_rows", "load_fleet"]
 
@@ -60,6 +67,15 @@ class Endpoint:
         Base address, without ``/v1``; None for a fleet that exists only on paper.
     usd_per_hour
         Price, or None if unknown.
+    role
+        ``prefill`` computes prompts and hands their KV over, ``decode`` takes it and goes on,
+        ``both`` serves calls whole.
+    kv_bytes_per_token
+        KV cache of a token, bytes; None if unknown. Pools and offloading need it.
+    link_gb_s
+        Bandwidth to other endpoints in each direction, GB/s, > 0; 10 is 100 Gbit Ethernet.
+    pcie_gb_s
+        Bandwidth between GPU and host memory, GB/s, > 0; 24 is PCIe 4.0 x16.
     """
 
     id: EndpointId
@@ -77,6 +93,10 @@ class Endpoint:
     url: str | None = None
     usd_per_hour: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    role: Literal["both", "prefill", "decode"] = "both"
+    kv_bytes_per_token: int | None = None
+    link_gb_s: float = 10.0
+    pcie_gb_s: float = 24.0
 
     @property
     def kv_tokens(self) -> int:
@@ -121,7 +141,34 @@ class Fleet:
                         remedy="give each worker its own port",
                     )
                 seen[address] = endpoint.id
+        self._check_pools()
         object.__setattr__(self, "_index", index)
+
+    def _check_pools(self) -> None:
+        for position, endpoint in enumerate(self.endpoints):
+            where = f"workers[{position}]"
+            if endpoint.role == "both":
+                continue
+            if endpoint.kv_bytes_per_token is None:
+                raise FleetError(
+                    f"the KV size of model {endpoint.model!r} is unknown, so {endpoint.id!r} "
+                    "cannot hand it over",
+                    where=f"{where}.kv_bytes_per_token",
+                    remedy="give it: 2 x layers x KV heads x head size x bytes",
+                )
+            wanted = "decode" if endpoint.role == "prefill" else "prefill"
+            if not any(
+                other.role == wanted
+                and (other.model, other.kv_bytes_per_token, other.block_tokens)
+                == (endpoint.model, endpoint.kv_bytes_per_token, endpoint.block_tokens)
+                for other in self.endpoints
+            ):
+                raise FleetError(
+                    f"{endpoint.id!r} has role {endpoint.role}, but no worker with the same model "
+                    f"and KV size has role {wanted}",
+                    where=f"{where}.role",
+                    remedy=f"add a {wanted} worker, or use role both",
+                )
 
     def index_of(self, endpoint_id: EndpointId) -> int:
         """Return the position of an endpoint.
@@ -146,6 +193,11 @@ class Fleet:
         for endpoint in self.endpoints:
             row = asdict(endpoint)
             del row["url"], row["labels"]
+            # Left out where they change nothing, so that older plans keep their fleet.
+            if endpoint.role == "both":
+                for name in ("role", "link_gb_s"):
+                    del row[name]
+            del row["kv_bytes_per_token"], row["pcie_gb_s"]
             rows.append(row)
         payload = json.dumps(rows, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(payload.encode()).hexdigest()[:16]
@@ -191,14 +243,87 @@ def _latency(value: Any, where: str) -> LatencyRow:
 
 
 _WORKER_FIELDS = {
-    "id", "url", "model", "gpu", "tp", "dtype", "latency", "scale", "kv_blocks", "slots",
-    "max_num_batched_tokens", "max_model_len", "scheduling", "usd_per_hour", "labels",
+    "id", "url", "model", "gpu", "tp", "dtype", "latency", "scale", "prefill_scale",
+    "decode_scale", "kv_blocks", "slots", "max_num_batched_tokens", "max_model_len", "scheduling",
+    "usd_per_hour", "labels", "role", "gpu_memory_gb", "gpu_memory_utilization", "weights_gb",
+    "kv_bytes_per_token", "link_gb_s", "pcie_gb_s",
 }  # fmt: skip
+
+
+def _kv_blocks(raw: Mapping[str, Any], where: str, size: ModelSize | None) -> int:
+    """Return the KV blocks given or computed, checked against the memory where it is known."""
+    tp = integer(raw.get("tp", 1), f"{where}.tp", least=1, kind=FleetError)
+    memory_gb = gpu_memory_gb().get(str(raw["gpu"]))
+    if "gpu_memory_gb" in raw:
+        memory_gb = number(raw["gpu_memory_gb"], f"{where}.gpu_memory_gb", least=1, kind=FleetError)
+    given = raw.get("kv_blocks")
+    if given is not None:
+        blocks = integer(given, f"{where}.kv_blocks", least=1, kind=FleetError)
+        if memory_gb is not None and size is not None:
+            needed_gb = size.weights_gb + blocks * 16 * size.kv_bytes_per_token / GB
+            if needed_gb > tp * memory_gb:
+                raise FleetError(
+                    f"{blocks} blocks and the weights of {raw['model']!r} need {needed_gb:.1f} GB, "
+                    f"{tp} x {raw['gpu']} has {tp * memory_gb:.1f} GB",
+                    where=f"{where}.kv_blocks",
+                    remedy="give fewer, or leave it out to have it computed",
+                )
+        return blocks
+    if memory_gb is None:
+        raise FleetError(
+            f"field 'kv_blocks' is missing, and the memory of GPU {raw['gpu']!r} is unknown",
+            where=f"{where}.gpu",
+            remedy=f"give kv_blocks or gpu_memory_gb, or use one of {', '.join(gpu_memory_gb())}",
+        )
+    if size is None:
+        raise FleetError(
+            f"field 'kv_blocks' is missing, and the size of model {raw['model']!r} in "
+            f"{raw.get('dtype', 'bf16')} is unknown",
+            where=f"{where}.model",
+            remedy="give kv_blocks, or weights_gb and kv_bytes_per_token",
+        )
+    utilisation = number(
+        raw.get("gpu_memory_utilization", 0.92), f"{where}.gpu_memory_utilization",
+        least=0.01, most=1, kind=FleetError,
+    )  # fmt: skip
+    blocks = kv_blocks_that_fit(
+        memory_gb,
+        size,
+        tp=tp,
+        utilisation=utilisation,
+        max_num_batched_tokens=integer(
+            raw.get("max_num_batched_tokens", 2048), f"{where}.max_num_batched_tokens", least=1,
+            kind=FleetError,
+        ),
+    )  # fmt: skip
+    if blocks < 2:
+        raise FleetError(
+            f"model {raw['model']!r} ({size.weights_gb:g} GB) does not fit on {tp} x {raw['gpu']} "
+            f"({memory_gb:g} GB each, {utilisation:.0%} used)",
+            where=f"{where}.gpu",
+            remedy="use a larger tp, a smaller dtype or another GPU",
+        )
+    return blocks
+
+
+def _size(raw: Mapping[str, Any], where: str) -> ModelSize | None:
+    """Return the model's size from the table, changed by what is written inline."""
+    known = model_size(str(raw["model"]), str(raw.get("dtype", "bf16")))
+    weights = raw.get("weights_gb", known.weights_gb if known else None)
+    kv_bytes = raw.get("kv_bytes_per_token", known.kv_bytes_per_token if known else None)
+    if weights is None or kv_bytes is None:
+        return None
+    return ModelSize(
+        weights_gb=number(weights, f"{where}.weights_gb", least=1e-3, kind=FleetError),
+        kv_bytes_per_token=integer(
+            kv_bytes, f"{where}.kv_bytes_per_token", least=1, kind=FleetError
+        ),
+    )
 
 
 def _endpoint(value: Any, where: str) -> Endpoint:
     raw = closed_mapping(value, where, _WORKER_FIELDS, FleetError)
-    for name in ("id", "model", "gpu", "latency", "kv_blocks", "slots"):
+    for name in ("id", "model", "gpu", "latency", "slots"):
         if name not in raw:
             raise FleetError(f"field {name!r} is missing", where=where, remedy="add it")
     url = raw.get("url")
@@ -213,7 +338,20 @@ def _endpoint(value: Any, where: str) -> Endpoint:
                 f"{url!r} is not an address", where=f"{where}.url", remedy="use http://host:port"
             )
     latency = _latency(raw["latency"], f"{where}.latency")
-    scale = number(raw.get("scale", 1.0), f"{where}.scale", least=1e-6, kind=FleetError)
+
+    def positive(name: str, default: float) -> float:
+        return number(raw.get(name, default), f"{where}.{name}", least=1e-6, kind=FleetError)
+
+    latency = latency.scaled(
+        positive("scale", 1.0),
+        prefill=positive("prefill_scale", 1.0),
+        decode=positive("decode_scale", 1.0),
+    )
+    size = _size(raw, where)
+    kv_bytes = raw.get("kv_bytes_per_token", size.kv_bytes_per_token if size else None)
+    role = one_of(
+        raw.get("role", "both"), f"{where}.role", ("both", "prefill", "decode"), FleetError
+    )
     usd = raw.get("usd_per_hour")
     scheduling = one_of(
         raw.get("scheduling", "fcfs"), f"{where}.scheduling", ("fcfs", "priority"), FleetError
@@ -229,8 +367,8 @@ def _endpoint(value: Any, where: str) -> Endpoint:
         gpu=text(raw["gpu"], f"{where}.gpu", FleetError),
         tp=whole("tp", 1),
         dtype=text(raw.get("dtype", "bf16"), f"{where}.dtype", FleetError),
-        latency=latency.scaled(scale),
-        kv_blocks=whole("kv_blocks", 0),
+        latency=latency,
+        kv_blocks=_kv_blocks(raw, where, size),
         max_num_seqs=whole("slots", 0),
         max_num_batched_tokens=whole("max_num_batched_tokens", 2048),
         max_model_len=whole("max_model_len", 131072),
@@ -240,6 +378,12 @@ def _endpoint(value: Any, where: str) -> Endpoint:
         if usd is None
         else number(usd, f"{where}.usd_per_hour", least=0, kind=FleetError),
         labels=tuple(sorted((key, str(label)) for key, label in labels.items())),
+        role=cast("Literal['both', 'prefill', 'decode']", role),
+        kv_bytes_per_token=None
+        if kv_bytes is None
+        else integer(kv_bytes, f"{where}.kv_bytes_per_token", least=1, kind=FleetError),
+        link_gb_s=positive("link_gb_s", 10.0),
+        pcie_gb_s=positive("pcie_gb_s", 24.0),
     )
 
 

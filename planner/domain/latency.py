@@ -16,7 +16,7 @@ Coefficients as fitted from operator profiles of LLMServingSim and AIConfigurato
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from planner.domain.errors import InvalidInput
 
@@ -64,9 +64,20 @@ class LatencyRow:
                     remedy="see data/latency_rows.csv for usual sizes",
                 )
 
-    def scaled(self, factor: float) -> LatencyRow:
-        """Return the same row, ``factor`` times slower (> 0)."""
-        return replace(self, scale=self.scale * factor)
+    def scaled(self, factor: float, *, prefill: float = 1.0, decode: float = 1.0) -> LatencyRow:
+        """Return the row ``factor`` times slower, a to c ``prefill`` and d to f ``decode`` times.
+
+        All are > 0.
+        """
+        return LatencyRow(
+            prefill_base_ms=self.prefill_base_ms * prefill,
+            prefill_us_per_token=self.prefill_us_per_token * prefill,
+            prefill_ns_per_token_sq=self.prefill_ns_per_token_sq * prefill,
+            decode_base_ms=self.decode_base_ms * decode,
+            decode_us_per_call=self.decode_us_per_call * decode,
+            decode_ns_per_kv_token=self.decode_ns_per_kv_token * decode,
+            scale=self.scale * factor,
+        )
 
     def prefill_s(self, tokens: float, depth: float = 0.0) -> float:
         """Seconds to prefill ``tokens`` uncached tokens after ``depth`` cached ones, alone."""

@@ -102,7 +102,9 @@ class RunSpec:
     session_id
         Runs of one session share history; None for a run of its own.
     deadline_s
-        Hard limit after arrival, or None.
+        Hard limit after arrival, or None; missing it ends nothing.
+    patience_s
+        The client gives up that long after arrival, or None.
     """
 
     run_id: RunId
@@ -113,6 +115,7 @@ class RunSpec:
     session_id: str | None = None
     tenant: str = "default"
     deadline_s: float | None = None
+    patience_s: float | None = None
 
     def __post_init__(self) -> None:
         for position, task in enumerate(self.tasks):

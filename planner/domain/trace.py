@@ -44,7 +44,11 @@ TRACE_SCHEMA = "almanac.trace/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run. ``predicted_s`` is the run latency forecast at arrival, or None."""
+    """One run.
+
+    ``predicted_s`` is the run latency forecast at arrival, ``deadline_s`` the hard limit after
+    arrival; None if there is none.
+    """
 
     run_id: str
     workflow: str
@@ -56,6 +60,7 @@ class RunRecord:
     tenant: str = "default"
     predicted_s: float | None = None
     calls: int = 0
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,8 @@ class CallRecord:
         Decision label: ``policy``, ``plan``, ``prefix``, ``fallback`` and so on.
     decision_us
         Time the decision took, microseconds.
+    prefill_endpoint
+        Where the prompt was computed, if not on ``endpoint``, which then only decoded.
     """
 
     run_id: str
@@ -105,6 +112,7 @@ class CallRecord:
     predicted_output_tokens: float | None = None
     in_flight: int = 0
     decision_us: float | None = None
+    prefill_endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 from planner.dispatch.cost import Cost, call_cost
 from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.pairing import prefill_only
 from planner.dispatch.view import EndpointState, FleetView
 
 __all__ = ["Choice", "Policy", "Ready", "age_priority", "cost_of", "costs_of", "least"]
@@ -29,12 +30,16 @@ class Choice:
         Engine priority, smaller first; 0 keeps arrival order.
     cost
         The forecast for the chosen endpoint if the policy made one, else None.
+    decode_endpoint
+        Index of the endpoint to decode on, if ``endpoint`` only prefills; None lets
+        `planner.dispatch.pairing` choose.
     """
 
     endpoint: int
     reason: str
     priority: int = 0
     cost: Cost | None = None
+    decode_endpoint: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,9 @@ class Policy(Protocol):
 
 
 def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) -> Cost:
-    """Return the predicted cost of a call on an endpoint."""
+    """Return the predicted cost of a call on an endpoint, of its prefill if it only does that."""
+    if state.endpoint.role == "prefill":
+        forecast = prefill_only(forecast)
     return call_cost(call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s)
 
 

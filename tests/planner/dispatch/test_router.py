@@ -14,6 +14,7 @@ from planner.dispatch.events import (
     EndpointUp,
     FirstToken,
     Hold,
+    PrefillFinished,
     RunEnded,
     RunStarted,
     Send,
@@ -64,6 +65,7 @@ def call(name: str, **values: object) -> Call:
 
 
 EVENTS = {
+    PrefillFinished: lambda: PrefillFinished(call_id="c", now_s=1.0),
     FirstToken: lambda: FirstToken(call_id="c", now_s=1.0),
     CallFinished: lambda: CallFinished(call_id="c", now_s=1.0, output_tokens=3),
     CallFailed: lambda: CallFailed(call_id="c", now_s=1.0),

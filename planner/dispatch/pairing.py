@@ -1,0 +1,69 @@
+"""Which decode endpoint takes over a call, where a fleet has prefill and decode pools.
+
+A policy places the prefill as it places whole calls. If it names no decode endpoint, the one with
+the least expected time from the end of the prefill to the last token is taken: the pull over the
+slower of the two links, the wait for a slot, the decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from planner.dispatch.cost import call_cost
+from planner.dispatch.events import Call
+from planner.dispatch.forecast import Forecast
+from planner.dispatch.view import EndpointState
+
+__all__ = ["decode_s", "entries", "pair", "prefill_only"]
+
+
+def prefill_only(forecast: Forecast) -> Forecast:
+    """Return the forecast of a call that stops after its first token."""
+    return replace(forecast, output_tokens=1.0, residual_tokens=1.0)
+
+
+def entries(candidates: Sequence[EndpointState]) -> list[EndpointState]:
+    """Return the candidates a call can be sent to: they serve it whole, or a decoder is up."""
+    models = {state.endpoint.model for state in candidates if state.endpoint.role == "decode"}
+    return [
+        state
+        for state in candidates
+        if state.endpoint.role == "both"
+        or (state.endpoint.role == "prefill" and state.endpoint.model in models)
+    ]
+
+
+def decode_s(
+    call: Call, forecast: Forecast, prefill: EndpointState, decode: EndpointState, now_s: float
+) -> float:
+    """Return the expected seconds from the end of the prefill to the last token."""
+    link_gb_s = min(prefill.endpoint.link_gb_s, decode.endpoint.link_gb_s)
+    missing = call.prompt_tokens - decode.prefix.match(call.prefix) * call.prefix_tokens
+    pull_s = max(0.0, missing) * (prefill.endpoint.kv_bytes_per_token or 0) / (link_gb_s * 1e9)
+    cost = call_cost(
+        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, decode, now_s,
+        prefilled=True,
+    )  # fmt: skip
+    return pull_s + cost.own_s
+
+
+def pair(
+    call: Call,
+    forecast: Forecast,
+    prefill: EndpointState,
+    candidates: Sequence[EndpointState],
+    now_s: float,
+) -> EndpointState:
+    """Return the decode endpoint of least expected time; the first one wins ties.
+
+    ``candidates`` hold at least one decode endpoint of the prefill endpoint's model.
+    """
+    return min(
+        (
+            state
+            for state in candidates
+            if state.endpoint.role == "decode" and state.endpoint.model == prefill.endpoint.model
+        ),
+        key=lambda state: decode_s(call, forecast, prefill, state, now_s),
+    )
