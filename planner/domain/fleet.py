@@ -247,6 +247,7 @@ _WORKER_FIELDS = {
     "decode_scale", "kv_blocks", "slots", "max_num_batched_tokens", "max_model_len", "scheduling",
     "usd_per_hour", "labels", "role", "gpu_memory_gb", "gpu_memory_utilization", "weights_gb",
     "kv_bytes_per_token", "link_gb_s", "pcie_gb_s",
+    "faults",  # read by planner.domain.faults; planning does not see them
 }  # fmt: skip
 
 
