@@ -17,9 +17,22 @@ __all__ = ["read_azure", "read_llm_pilot", "read_mooncake", "read_vllm_bench"]
 MAX_TOKENS = 5e6
 
 
+def _only(folder: Path, pattern: str) -> Path:
+    """Return the one file of a folder that fits a pattern: a whole trace or a slice of it."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise InvalidInput(
+            f"one file {pattern} is needed, found {names}",
+            where=str(folder),
+            remedy="fetch it with `almanac data get`, or keep only one",
+        )
+    return found[0]
+
+
 def read_azure(folder: Path, part: str) -> Dataset:
     """Read one service of `azure_llm_2023` (``part`` is ``code`` or ``conv``); split by time."""
-    path = folder / f"{part}_first60pct.csv"
+    path = _only(folder, f"{part}*.csv")
     raw = read_table(path, numeric=["ContextTokens", "GeneratedTokens"], text=["TIMESTAMP"])
     stamp = pd.to_datetime(raw["TIMESTAMP"], errors="coerce", format="ISO8601")
     wrong = np.flatnonzero(stamp.isna().to_numpy())
@@ -42,7 +55,7 @@ def read_azure(folder: Path, part: str) -> Dataset:
 
 def read_mooncake(folder: Path) -> Dataset:
     """Read the conversation trace of `mooncake_fast25`; split by time."""
-    path = folder / "conversation_first60pct.jsonl"
+    path = _only(folder, "conversation*.jsonl")
     values: dict[str, list[float]] = {"time_s": [], "prompt_tokens": [], "output_tokens": []}
     fields = (("timestamp", "time_s", 1e-3), ("input_length", "prompt_tokens", 1.0))
     for number, row in read_jsonl(path, what="Mooncake trace"):
@@ -102,7 +115,7 @@ def read_llm_pilot(folder: Path, seed: int) -> Dataset:
         path,
         numeric=[
             "n_gpus", "num_users", "in_tokens", "out_tokens", "latency_ms", "ttft_ms",
-            "active_at_start", "active_in_tokens_at_start",
+            "active_at_start", "active_in_tokens_at_start", "start_ms",
         ],
         text=["model", "gpu"],
     )  # fmt: skip
@@ -112,6 +125,7 @@ def read_llm_pilot(folder: Path, seed: int) -> Dataset:
     sieve.require("ttft_ms", 1, 3.6e6)
     sieve.require("latency_ms", 1, 3.6e6)
     sieve.require("active_at_start", 1, 1e5)
+    sieve.require("start_ms", 0, 1e9)
     sieve.reject(sieve.frame["latency_ms"] < sieve.frame["ttft_ms"], "latency below ttft_ms")
     rows = sieve.frame.reset_index(drop=True)
     config = rows["model"] + " on " + rows["n_gpus"].astype(int).astype(str) + " x " + rows["gpu"]
@@ -126,6 +140,8 @@ def read_llm_pilot(folder: Path, seed: int) -> Dataset:
     requests = pd.DataFrame(
         {
             "config": config,
+            "run": config + ", " + rows["num_users"].astype(int).astype(str) + " users",
+            "sent_s": rows["start_ms"] / 1e3,
             "prompt_tokens": rows["in_tokens"],
             "calls": rows["active_at_start"],
             "kv_tokens": rows["active_in_tokens_at_start"].fillna(rows["in_tokens"]),
@@ -186,6 +202,8 @@ def read_vllm_bench(folder: Path) -> Dataset:
     requests = pd.DataFrame(
         {
             "config": config,
+            "run": config,
+            "sent_s": admitted,
             "prompt_tokens": rows["in_tokens"],
             "calls": calls,
             "kv_tokens": kv_tokens,

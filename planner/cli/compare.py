@@ -54,7 +54,7 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
         "of other seeds, with the same number of trials",
     )
     parser.add_argument(
-        "--tuning-seeds", type=int, default=4, help="replications used for tuning (%(default)s)"
+        "--tuning-seeds", type=int, default=3, help="replications used for tuning (%(default)s)"
     )
     parser.add_argument(
         "--jobs", type=int, default=2, help="processes to simulate with (default: %(default)s)"

@@ -56,10 +56,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--table", type=Path, help="dispatch table for policy almanac (from plan)")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and traces")
     parser.add_argument("--rate", type=float, default=1.0, help="runs per second (%(default)s)")
-    parser.add_argument("--runs", type=int, default=40, help="live runs per seed (%(default)s)")
+    parser.add_argument("--runs", type=int, default=30, help="live runs per seed (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="live replications (%(default)s)")
     parser.add_argument(
-        "--dilation", type=float, default=4.0,
+        "--dilation", type=float, default=6.0,
         help="model seconds per wall second, the same for every policy (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -70,7 +70,7 @@ def register(subparsers: Any) -> None:
         "--noise-cv", type=float, default=0.02, help="variation of step times (%(default)s)"
     )
     parser.add_argument(
-        "--simulated-runs", type=int, default=150,
+        "--simulated-runs", type=int, default=120,
         help="runs per seed in the simulated twin (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

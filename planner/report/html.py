@@ -41,7 +41,7 @@ __all__ = ["write_report"]
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
-  max-width: 80rem; padding: 1.5rem; }
+  max-width: 90rem; padding: 1.5rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; }
 h2 { margin-top: 2.4rem; border-bottom: 1px solid #999; }
 .scroll { overflow-x: auto; }
