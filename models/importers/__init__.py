@@ -6,6 +6,7 @@ predictors learn from.
 
 from models.importers.folder import DATASETS, Sources, read_folder
 from models.importers.replay import AgentCall, AgentSession, Arrivals, agent_sessions, arrivals
+from models.importers.servegen import read_servegen
 
 __all__ = [
     "DATASETS",
@@ -16,4 +17,5 @@ __all__ = [
     "agent_sessions",
     "arrivals",
     "read_folder",
+    "read_servegen",
 ]

@@ -1,0 +1,139 @@
+"""What a prefix cache could have held: a recorded run replayed under the best eviction there is.
+
+Belady's rule evicts the block whose next use lies farthest in the future, which no online rule can
+beat for blocks of one size. The next use of a block is never later than that of the blocks behind
+it in a prompt, so, ties going to the later block, it keeps prefixes whole, as vLLM's lookup needs.
+
+The replay is serial: calls come in the order they were sent, the cache takes in each prompt and
+answer whole, and blocks in use by running calls are not set aside. Its hit ratio is thus a bound on
+what an engine with that many blocks can reach, and `lru_hits` is the same replay under LRU, to
+compare like with like.
+
+References
+----------
+L. A. Belady, A study of replacement algorithms for a virtual-storage computer, IBM Systems J. 1966.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
+from planner.domain.run import RunSpec
+from planner.domain.trace import CallRecord, TraceRecord
+
+__all__ = ["CacheHits", "Prompt", "belady_hits", "lru_hits", "recorded_prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The blocks of one call, in order.
+
+    Parameters
+    ----------
+    blocks
+        Block hashes of prompt and answer.
+    sought
+        How many of the leading ones are looked for in the cache, 0 to ``len(blocks)``.
+    """
+
+    blocks: tuple[int, ...]
+    sought: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHits:
+    """Blocks found among those looked for."""
+
+    hits: int
+    sought: int
+
+    @property
+    def ratio(self) -> float:
+        """Share found, [0, 1]; 0 if nothing was looked for."""
+        return self.hits / self.sought if self.sought else 0.0
+
+
+def recorded_prompts(
+    specs: Iterable[RunSpec], records: Iterable[TraceRecord]
+) -> Mapping[str, list[Prompt]]:
+    """Return what a simulated run asked of each endpoint's cache, in the order of sending.
+
+    Parameters
+    ----------
+    specs
+        The runs simulated.
+    records
+        What the simulation returned; calls that did not end well are left out. Of a call split
+        over pools the prompt counts where it was computed.
+    """
+    tasks = {f"{spec.run_id}/{task.index}": task for spec in specs for task in spec.tasks}
+    prompts: dict[str, list[Prompt]] = {}
+    calls = [one for one in records if isinstance(one, CallRecord) and one.status == "ok"]
+    for call in sorted(calls, key=lambda one: (one.sent_s, one.call_id)):
+        task = tasks[call.call_id.partition("#")[0]]
+        split = call.prefill_endpoint is not None
+        answer = 0 if split else task.output_tokens - 1  # the last token's KV is not computed
+        chain = block_hashes((*task.prompt, Segment(task.output_key, answer)))
+        where = call.prefill_endpoint or call.endpoint
+        prompts.setdefault(where, []).append(
+            Prompt(chain, (task.prompt_tokens - 1) // BLOCK_TOKENS)
+        )
+    return prompts
+
+
+def belady_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
+    """Return the hits of a cache of ``capacity`` blocks (>= 0) that knows the future."""
+    # Each block of a prompt has an instant of its own, so that of two blocks used together next the
+    # later in the prompt counts as farther away.
+    upcoming: dict[int, list[float]] = {}
+    step = 0
+    for prompt in prompts:
+        for position, block in enumerate(prompt.blocks):
+            upcoming.setdefault(block, []).append(step + position)
+        step += len(prompt.blocks)
+    for uses in upcoming.values():
+        uses.reverse()
+    held: dict[int, float] = {}  # block -> next use
+    farthest: list[tuple[float, int]] = []
+    hits = sought = 0
+    for prompt in prompts:
+        hits += _leading(prompt, held)
+        sought += prompt.sought
+        for block in prompt.blocks:
+            uses = upcoming[block]
+            uses.pop()
+            held[block] = uses[-1] if uses else math.inf
+            heappush(farthest, (-held[block], block))
+        while len(held) > capacity:
+            next_use, block = heappop(farthest)
+            if held.get(block) == -next_use:
+                del held[block]
+    return CacheHits(hits, sought)
+
+
+def lru_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
+    """Return the hits of a cache of ``capacity`` blocks that evicts the least recently used."""
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = sought = 0
+    for prompt in prompts:
+        hits += _leading(prompt, held)
+        sought += prompt.sought
+        # As vLLM frees: the tail first, so that a prefix outlives it.
+        for block in reversed(prompt.blocks):
+            held[block] = None
+            held.move_to_end(block)
+        while len(held) > capacity:
+            held.popitem(last=False)
+    return CacheHits(hits, sought)
+
+
+def _leading(prompt: Prompt, held: Mapping[int, object]) -> int:
+    for position, block in enumerate(prompt.blocks[: prompt.sought]):
+        if block not in held:
+            return position
+    return prompt.sought
