@@ -55,14 +55,11 @@ class Tuning:
         Multiplier of the opportunity prices, >= 0; 0 leaves the live marginal cost alone.
     plan_pull
         Cost, in units of the call's least service time, of an endpoint the plan gives no share.
-    criticality_exponent
-        Exponent of the call's own criticality, >= 0; 0 treats all calls alike.
     """
 
     theta: float = 1.0
     price_scale: float = 1.0
     plan_pull: float = 0.0
-    criticality_exponent: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from planner.dispatch.table import DispatchTable, Tuning
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.trace import RunRecord, TraceRecord
-from planner.sim.kernel import simulate
+from planner.sim.kernel import ClosedLoop, simulate
 
 __all__ = ["GRIDS", "Cell", "PolicySetup", "mean_latency_s", "run_cell", "tune"]
 
@@ -76,6 +76,7 @@ class Cell:
     forecaster: Forecaster
     noise_cv: float = 0.0
     dispatch_s: float = 0.0
+    clients: ClosedLoop | None = None
 
 
 def run_cell(cell: Cell, timer: Callable[[], float] | None = None) -> list[TraceRecord]:
@@ -89,6 +90,7 @@ def run_cell(cell: Cell, timer: Callable[[], float] | None = None) -> list[Trace
         noise_cv=cell.noise_cv,
         dispatch_s=cell.dispatch_s,
         timer=timer,
+        clients=cell.clients,
     )
 
 
@@ -109,10 +111,9 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
     ),
     "marginal_cost": (("theta", (1.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 0.0, 6.0)),),
     "almanac": (
-        ("theta", (1.0, 0.5, 1.5, 2.0)),
+        ("theta", (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
         ("price_scale", (0.0, 0.25, 0.5, 1.0)),
-        ("plan_pull", (0.0, 0.1, 0.3)),
-        ("criticality_exponent", (1.0, 0.5)),
+        ("plan_pull", (0.0, 0.05, 0.1, 0.3)),
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every

@@ -14,7 +14,7 @@ class Planned:
 
     For call c on endpoint i, with the row of c's site at the present load,
 
-        crit(c)^gamma own_i + theta imposed_i + price_i service_i + pull_i
+        crit(c) own_i + theta imposed_i + price_i service_i + pull_i
 
     own, imposed and service come from the live counters, price and pull from the table. Where the
     table has no row (unknown workflow or site, load out of range, no table) the call goes by
@@ -45,7 +45,7 @@ class Planned:
         if table is None or row is None:
             choice = self._fallback.choose(ready)
             return Choice(choice.endpoint, "fallback", age_priority(call), choice.cost)
-        weight = ready.forecaster.of(call).criticality ** table.tuning.criticality_exponent
+        weight = ready.forecaster.of(call).criticality
         theta = table.tuning.theta
         costs = costs_of(ready)
         position = least(
