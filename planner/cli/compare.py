@@ -20,6 +20,7 @@ from planner.domain.trace import TraceRecord, save_trace
 from planner.metrics import RunMetrics, summarise
 from planner.report.results import PolicyResult, Results, SeedResult
 from planner.sim.experiment import Cell, PolicySetup, mean_latency_s, run_cell, tune
+from planner.sim.kernel import ClosedLoop
 
 __all__ = [
     "COMPARED",
@@ -104,6 +105,7 @@ def tune_setups(
     *,
     noise_cv: float,
     jobs: int,
+    clients: ClosedLoop | None = None,
 ) -> list[PolicySetup]:
     """Return the setups tuned on the given workloads (seed -> runs), all by the same score."""
 
@@ -116,6 +118,7 @@ def tune_setups(
                 fleet=fleet,
                 forecaster=forecaster,
                 noise_cv=noise_cv,
+                clients=clients,
             )
             for setup in candidates
             for seed, runs in workloads.items()
@@ -148,10 +151,11 @@ def simulate_setups(
     dispatch_s: float = 0.0,
     jobs: int = 2,
     folder: Path | None = None,
+    clients: ClosedLoop | None = None,
 ) -> Results:
     """Simulate every policy on every workload (seed -> runs) and return the results.
 
-    ``folder``, if given, receives one trace per cell.
+    ``folder``, if given, receives one trace per cell; ``clients`` makes it a closed loop.
     """
     cells = [
         Cell(
@@ -162,6 +166,7 @@ def simulate_setups(
             forecaster=forecaster,
             noise_cv=noise_cv,
             dispatch_s=dispatch_s,
+            clients=clients,
         )
         for setup in setups
         for seed, runs in sorted(workloads.items())

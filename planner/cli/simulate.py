@@ -26,13 +26,17 @@ from planner.domain.estimates import EstimateTable, load_estimates
 from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow, load_workflow, save_workflow
+from planner.sim.kernel import ClosedLoop
 from planner.sim.workload import (
     SessionCall,
     Times,
+    burst_arrivals,
+    gamma_arrivals,
     poisson_arrivals,
     replayed_arrivals,
     run_from_session,
     sampled_workload,
+    windowed_arrivals,
 )
 
 __all__ = ["register", "run"]
@@ -42,7 +46,10 @@ _AGENTS = {
     "miniswe": "miniswe_swebench_verified",
     "claude_code": "claude_code_sessions",
 }
-_ARRIVALS = ("poisson", "azure_code", "azure_conv", "mooncake_conversation")
+_RECORDED = ("azure_code", "azure_conv", "mooncake_conversation")
+_SERVEGEN = {"servegen_small": "m-small", "servegen_mid": "m-mid"}
+_ARRIVALS = ("poisson", "gamma", "burst", "closed", *_RECORDED, *_SERVEGEN)
+_NO_RATE = ("burst", "closed")
 _TUNING_SEED = 1000
 """Tuning uses seeds from here on, the comparison seeds from 0: no run is in both."""
 
@@ -86,9 +93,21 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--arrivals", choices=_ARRIVALS, default="poisson",
-        help="pattern of run arrivals; recorded ones need --traces (default: %(default)s)",
+        help="pattern of run arrivals: burst is all at once, closed is --clients that start a run "
+        "when their last one ended; recorded ones need --traces (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--rate", type=float, required=True, help="mean runs per second")
+    parser.add_argument("--rate", type=float, help="mean runs per second; not for burst and closed")
+    parser.add_argument(
+        "--burst-cv", type=float, default=3.0,
+        help="variation of the gaps of gamma arrivals (default: %(default)s; 1 is Poisson)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clients", type=int, default=8, help="clients of a closed loop (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--think-s", type=float, default=0.0,
+        help="mean think time of a closed loop (default: %(default)s s)",
+    )  # fmt: skip
     parser.add_argument("--runs", type=int, default=200, help="runs per seed (%(default)s)")
     parser.add_argument("--seeds", type=int, default=10, help="replications (%(default)s)")
     parser.add_argument(
@@ -124,23 +143,25 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     fleet = load_fleet(args.fleet)
     work = _recorded(args, fleet) if args.agents else _sampled(args, fleet)
-    recorded = _arrivals(args)
+    arrivals = _arrivals(args)
+    clients = (
+        ClosedLoop(clients=args.clients, think_s=args.think_s)
+        if args.arrivals == "closed"
+        else None
+    )
     setups = policy_setups(args.policies, work.table)
     forecaster = Forecaster(work.estimates, [work.workflow])
 
     def workload(seed: int) -> tuple[RunSpec, ...]:
         rng = np.random.default_rng([seed, 7])
-        if recorded is None:
-            times = poisson_arrivals(args.rate, args.runs, rng)
-        else:
-            times = replayed_arrivals(recorded, args.rate, args.runs, rng)
-        return work.draw(times, seed, rng)
+        return work.draw(arrivals(rng), seed, rng)
 
     if not args.no_tune:
         tuning = {_TUNING_SEED + k: workload(_TUNING_SEED + k) for k in range(args.tuning_seeds)}
         setups = tune_setups(
-            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs
-        )
+            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs,
+            clients=clients,
+        )  # fmt: skip
     if args.keep_traces:
         (args.out / "traces").mkdir(parents=True, exist_ok=True)
     results = simulate_setups(
@@ -154,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
             "workflow": work.workflow.name,
             "work": work.source,
             "arrivals": args.arrivals,
-            "rate_rps": args.rate,
+            **_arrival_settings(args),
             "runs_per_seed": args.runs,
             "seeds": args.seeds,
             "noise_cv": args.noise_cv,
@@ -165,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
         dispatch_s=args.dispatch_ms * 1e-3,
         jobs=args.jobs,
         folder=args.out if args.keep_traces else None,
+        clients=clients,
     )
     if args.out:
         save_results(results, args.out)
@@ -188,7 +210,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidInput(
             "--workflow needs --truth", where="simulate", remedy="give an estimates file"
         )
-    if (args.agents or args.arrivals != "poisson") and not args.traces:
+    if (args.agents or args.arrivals in (*_RECORDED, *_SERVEGEN)) and not args.traces:
         raise InvalidInput(
             "recorded agents or arrivals need --traces",
             where="simulate",
@@ -196,7 +218,13 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.keep_traces and not args.out:
         raise InvalidInput("--keep-traces needs --out", where="simulate", remedy="give a folder")
-    least = {"rate": 1e-9, "runs": 1, "seeds": 1, "tuning_seeds": 1, "jobs": 1, "noise_cv": 0.0}
+    plans = bool(args.agents) and "almanac" in args.policies
+    if args.rate is None and (args.arrivals not in _NO_RATE or plans):
+        what = "almanac's plan needs" if plans else f"{args.arrivals} arrivals need"
+        raise InvalidInput(f"{what} a rate", where="--rate", remedy="give the mean runs per second")
+    least = {"runs": 1, "seeds": 1, "tuning_seeds": 1, "jobs": 1, "noise_cv": 0.0}
+    if args.rate is not None:
+        least["rate"] = 1e-9
     for name, bound in least.items():
         if not getattr(args, name) >= bound:
             raise InvalidInput(
@@ -316,9 +344,29 @@ def _recorded(args: argparse.Namespace, fleet: Fleet) -> _Work:
     )
 
 
-def _arrivals(args: argparse.Namespace) -> Times | None:
+def _arrivals(args: argparse.Namespace) -> Callable[[np.random.Generator], Times]:
+    """Return what draws the arrival times of one seed."""
+    rate, count = args.rate, args.runs
     if args.arrivals == "poisson":
-        return None
+        return lambda rng: poisson_arrivals(rate, count, rng)
+    if args.arrivals == "gamma":
+        return lambda rng: gamma_arrivals(rate, args.burst_cv, count, rng)
+    if args.arrivals in _NO_RATE:
+        return lambda _: burst_arrivals(count)
+    if args.arrivals in _SERVEGEN:
+        from models.importers import read_servegen
+
+        windows = read_servegen(args.traces, _SERVEGEN[args.arrivals])
+        return lambda rng: windowed_arrivals(windows, rate, count, rng)[0]
     from models.importers import arrivals
 
-    return arrivals(args.traces, args.arrivals).time_s
+    recorded = arrivals(args.traces, args.arrivals).time_s
+    return lambda rng: replayed_arrivals(recorded, rate, count, rng)
+
+
+def _arrival_settings(args: argparse.Namespace) -> dict[str, object]:
+    """Return what the results say about the load."""
+    if args.arrivals == "closed":
+        return {"clients": args.clients, "think_s": args.think_s}
+    settings: dict[str, object] = {} if args.arrivals == "burst" else {"rate_rps": args.rate}
+    return settings | ({"burst_cv": args.burst_cv} if args.arrivals == "gamma" else {})

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from planner.dispatch.forecast import Forecaster
@@ -15,8 +16,16 @@ from planner.domain.ids import EndpointId, NodeId, RunId, SiteId, WorkflowHash
 from planner.domain.latency import LatencyRow
 from planner.domain.run import RunSpec, Task
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
+from planner.sim.blockpool import SharedLast
 from planner.sim.disturbance import Disturbance
-from planner.sim.engine import Engine, EngineConfig, EngineRequest, Finished, PullStarted
+from planner.sim.engine import (
+    Engine,
+    EngineConfig,
+    EngineEvent,
+    EngineRequest,
+    Finished,
+    PullStarted,
+)
 from planner.sim.kernel import simulate
 from planner.sim.steptime import RowStepTime
 from planner.sim.transfer import Links, Transfers
@@ -347,3 +356,86 @@ def test_a_dead_prefiller_fails_or_recomputes(on_failure: str) -> None:
     else:
         assert [(r.status, r.attempt) for r in records] == [("ok", 0)]
         assert records[0].first_token_s == pytest.approx(0.2 + 0.170)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("eviction", [None, SharedLast()])
+def test_blocks_are_conserved_whatever_happens(seed: int, eviction: SharedLast | None) -> None:
+    """Random pulls, aborts, pins, drops and kept blocks: in the end every block is free again."""
+    rng = np.random.default_rng(seed)
+    config = EngineConfig(
+        kv_blocks=31, block_tokens=16, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=400
+    )
+    made = Engine(config, RowStepTime(ROW), eviction=eviction)
+    pulling: set[str] = set()
+    keeping: set[str] = set()
+    ended: set[str] = set()
+    aborted: set[str] = set()
+    names: list[str] = []
+    now_s = 0.0
+
+    def see(events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, PullStarted):
+                pulling.add(event.request.request_id)
+            elif isinstance(event, Finished):
+                ended.add(event.request.request_id)
+
+    def pick(some: set[str]) -> str:
+        return sorted(some)[int(rng.integers(len(some)))]
+
+    for number in range(400):
+        now_s += float(rng.exponential(0.02))
+        see(made.advance(now_s))
+        chain = tuple(int(rng.integers(3)) * 1000 + i for i in range(20))
+        match int(rng.integers(8)):
+            case 0 | 1 | 2:
+                prompt = int(rng.integers(1, 300))
+                keep = rng.random() < 0.2
+                names.append(f"r{number}")
+                made.submit(
+                    request(
+                        names[-1], prompt, 1 if keep else int(rng.integers(1, 90)),
+                        block_hashes=chain, keep_blocks=keep,
+                        remote_tokens=int(rng.integers(prompt + 1)) if rng.random() < 0.4 else 0,
+                    ),
+                    now_s,
+                )  # fmt: skip
+                if keep:
+                    keeping.add(names[-1])
+            case 3 if pulling:
+                name = pick(pulling)
+                pulling.discard(name)
+                made.pulled(name, now_s, ok=bool(rng.random() < 0.7))
+            case 4 if names:
+                name = names[int(rng.integers(len(names)))]
+                if made.abort(name, now_s):
+                    aborted.add(name)
+                    pulling.discard(name)
+            case 5:
+                made.pin(f"pin{rng.integers(3)}", chain[: int(rng.integers(20))], now_s)
+            case 6:
+                made.unpin(f"pin{rng.integers(3)}", now_s)
+                made.forget(chain[int(rng.integers(20)) :], now_s)
+            case 7 if keeping & ended:
+                name = pick(keeping & ended)
+                keeping.discard(name)
+                assert made.release(name, now_s)
+        assert 0 <= made.free_blocks <= 30
+    for _ in range(1000):
+        now_s += 0.1
+        see(made.advance(now_s))
+        for name in sorted(pulling):
+            made.pulled(name, now_s)
+        pulling.clear()
+        for name in sorted(keeping & ended):
+            made.release(name, now_s)
+        keeping -= ended
+        if not (made.num_running or made.num_waiting):
+            break
+    assert ended | aborted == set(names)
+    assert not ended & aborted
+    for number in range(3):
+        made.unpin(f"pin{number}", now_s)
+    assert (made.free_blocks, made.num_waiting, made.queued_prefill_tokens) == (30, 0, 0)
+    assert made.reset_prefix_cache()
