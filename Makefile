@@ -37,7 +37,8 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 bench: $(READY)
-	$(BIN)/python -m pytest tests/benchmarks -s
+	$(BIN)/python tests/benchmarks/bench_dispatch.py
+	$(BIN)/python tests/benchmarks/bench_runtime.py
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

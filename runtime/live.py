@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import httpx
 
-from planner.domain.errors import EndpointFailed
+from planner.domain.errors import EndpointFailed, InvalidInput
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
@@ -31,6 +31,8 @@ __all__ = ["LiveServers", "app_environment", "drive"]
 
 _START_LIMIT_S = 60.0
 _STOP_LIMIT_S = 15.0
+_BAD_INPUT = 2
+"""Exit code of our commands for a user's mistake."""
 _KEY_VARIABLE = "ALMANAC_ADMIN_KEY"
 
 
@@ -146,6 +148,9 @@ class LiveServers:
                         if process.returncode is not None
                         else f"did not answer at {url} within {_START_LIMIT_S:.0f} s"
                     )
+                    if process.returncode == _BAD_INPUT:
+                        # Its own words name the port or field and the remedy.
+                        raise InvalidInput(said.removeprefix("error: "), where=launch.name)
                     raise EndpointFailed(f"the {launch.name} {state}; its log ends: {said}")
                 time.sleep(0.05)
 
