@@ -47,6 +47,10 @@ class Gauge(_Metric):
         """Set the value of one label combination."""
         self._values[labels] = value
 
+    def clear(self) -> None:
+        """Forget all label combinations."""
+        self._values.clear()
+
     def get(self, *labels: str) -> float:
         """Return a value; 0 if it was never set."""
         return self._values.get(labels, 0.0)

@@ -28,6 +28,7 @@ _ERROR_TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowed",
     413: "RequestEntityTooLarge",
+    429: "RateLimitError",
     500: "InternalServerError",
     502: "BadGateway",
     503: "Service Unavailable",

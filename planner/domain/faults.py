@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,10 @@ class Fault:
         """When it is over."""
         return self.at_s + self.for_s
 
+    def moved(self, by_s: float) -> Fault:
+        """Return the same fault, beginning ``by_s`` later."""
+        return replace(self, at_s=self.at_s + by_s)
+
     def to_json(self) -> dict[str, Any]:
         """Return it as it is written in files; null for a duration without end."""
         values = {"at_s": self.at_s, "for_s": self.for_s, **self.settings}
@@ -161,7 +166,7 @@ def read_fault(value: Any, where: str, kind_of_error: type[InvalidInput] = Inval
         )
     kind = FAULT_KINDS[one_of(name, f"{where}.kind", FAULT_KINDS, kind_of_error)]
     closed_mapping(raw, where, {"kind", "at_s", "for_s", *kind.settings}, kind_of_error)
-    for_s = kind.for_s if "for_s" not in raw else raw["for_s"]
+    for_s = raw.get("for_s", kind.for_s)
     return Fault(
         kind=name,
         at_s=number(raw.get("at_s", 0.0), f"{where}.at_s", least=0, kind=kind_of_error),
@@ -193,7 +198,7 @@ def read_faults(value: Any, where: str) -> tuple[Fault, ...]:
     ]
     faults.sort(key=lambda fault: fault.at_s)
     outages = [fault for fault in faults if FAULT_KINDS[fault.kind].outage]
-    for one, after in zip(outages, outages[1:], strict=False):
+    for one, after in pairwise(outages):
         if after.at_s < one.end_s:
             raise FleetError(
                 f"{after.kind} at {after.at_s:g} s begins before {one.kind} ends at "

@@ -6,20 +6,31 @@ Rules
 * The chat template costs four tokens a message (start, role, separator, end), and three for the
   beginning of the answer (start, ``assistant``, separator). An answer put back verbatim as an
   assistant message is therefore a continuation of its own prompt, and hits the prefix cache.
+* A tool call costs a token for its start, one for the name and the words of its arguments.
 * Tools are rendered in front, as a system message of their JSON.
 * Answers are drawn word by word from a small vocabulary with a seed made of the prompt.
+* Token ids are handed out as words are met; an id nobody handed out stands for a word of its own.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
-__all__ = ["block_chain", "chat_tokens", "prompt_tokens", "reply_words"]
+__all__ = [
+    "CALL",
+    "Vocabulary",
+    "block_chain",
+    "call_tokens",
+    "chat_tokens",
+    "prompt_tokens",
+    "reply_words",
+]
 
+CALL = "<|call|>"
 _START, _SEPARATOR, _END = "<|start|>", "<|separator|>", "<|end|>"
 
 _WORDS = (
@@ -39,16 +50,24 @@ def chat_tokens(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> lis
     for message in messages:
         tokens += (_START, str(message.get("role")), _SEPARATOR)
         tokens += _words(message.get("content"))
-        if message.get("tool_calls"):
-            tokens += json.dumps(message["tool_calls"]).split()
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict):
+                tokens += call_tokens(str(function.get("name")), str(function.get("arguments")))
         tokens.append(_END)
     tokens += (_START, "assistant", _SEPARATOR)
     return tokens
 
 
-def prompt_tokens(prompt: str | Sequence[int]) -> list[str]:
-    """Return the tokens of a completion prompt (text or token ids)."""
-    return prompt.split() if isinstance(prompt, str) else [str(one) for one in prompt]
+def call_tokens(name: str, arguments: str) -> list[str]:
+    """Return the tokens of a tool call; its arguments are JSON text."""
+    return [CALL, name, *arguments.split()]
+
+
+def prompt_tokens(prompt: str) -> list[str]:
+    """Return the tokens of a completion prompt."""
+    return prompt.split()
 
 
 def _words(content: Any) -> list[str]:
@@ -68,6 +87,41 @@ def reply_words(seed: int, count: int, beginning: Sequence[str] = ()) -> list[st
     words = list(beginning[:count])
     drawn = random.Random(seed).choices(_VOCABULARY, k=count - len(words))
     return words + drawn
+
+
+class Vocabulary:
+    """Token ids of words, both ways.
+
+    Parameters
+    ----------
+    most
+        Words it keeps; those met later share id 0.
+    """
+
+    __slots__ = ("_ids", "_most", "_words")
+
+    def __init__(self, most: int = 1 << 18) -> None:
+        self._most = most
+        self._words = ["<unk>", *dict.fromkeys((_START, _SEPARATOR, _END, CALL, *_VOCABULARY))]
+        self._ids = {word: number for number, word in enumerate(self._words)}
+
+    def ids(self, words: Iterable[str]) -> list[int]:
+        """Return the id of each word, new ones for new words."""
+        return [self._id(word) for word in words]
+
+    def words(self, ids: Iterable[int]) -> list[str]:
+        """Return the word of each id."""
+        known = self._words
+        return [known[one] if 0 <= one < len(known) else f"<{one}>" for one in ids]
+
+    def _id(self, word: str) -> int:
+        number = self._ids.get(word)
+        if number is None:
+            if len(self._words) >= self._most:
+                return 0
+            number = self._ids[word] = len(self._words)
+            self._words.append(word)
+        return number
 
 
 def block_chain(tokens: Sequence[str], block_tokens: int, salt: str = "") -> tuple[int, ...]:

@@ -129,20 +129,15 @@ async def test_leaving_a_stream_reaches_the_engine(stack, until):
 async def test_an_endpoint_that_dies_is_replaced_and_comes_back(stack, until):
     """Calls survive the loss of an endpoint unnoticed; it serves again once it is back."""
     async with stack(2) as s, client(s) as ask:
-        first = s.mock._runners[0]
-        port = int(s.mock.addresses[0].rsplit(":", 1)[1])
-        (site,) = first.sites
-        await site.stop()
-        for connection in list(first.server.connections):
-            connection.force_close()
+        first = s.mock.endpoints[0]
+        await first.go_down(abort=True)
         for number in range(6):
             answer = await ask.chat.completions.create(
                 model="m", messages=user(f"w{number}"), extra_body=xargs(3)
             )
             assert answer.usage.completion_tokens == 3
         assert [one.down for one in s.control.breakers] == [True, False]
-        again = type(site)(first, "127.0.0.1", port)
-        await again.start()
+        await first.come_up()
         await until(lambda: not s.control.breakers[0].down, 0.005)
         assert s.control.router.view.states[0].healthy
 
@@ -404,9 +399,9 @@ async def test_priorities_reach_engines_that_read_them(stack):
         paced = s.mock.endpoints[0].paced
         submit = paced.submit
 
-        def watched(call, interval):
+        def watched(call, *rest):
             seen.append(call.priority)
-            return submit(call, interval)
+            return submit(call, *rest)
 
         paced.submit = watched
         for run in ("old", "new", "old"):
