@@ -2,7 +2,8 @@
 
 A request whose KV lies elsewhere takes all its blocks and waits without a slot until it arrives;
 one that waits for ever is dead weight, and what a leak or a greedy neighbour looks like to the
-others: less room, preemptions, usage near 1.
+others: less room, preemptions, usage near 1. It is admitted like any request, so while every slot
+is taken it waits for the next one to become free.
 """
 
 from __future__ import annotations

@@ -393,6 +393,13 @@ class MockEndpoint:
     async def _stream(self, http: web.Request, call: _Call) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": _SSE, "Cache-Control": "no-cache"})
         await response.prepare(http)  # headers go out before the first token, as vLLM's do
+        try:
+            await self._write_chunks(response, call)
+        except ConnectionResetError:
+            pass  # the client has left, or a fault has torn the connection
+        return response
+
+    async def _write_chunks(self, response: web.StreamResponse, call: _Call) -> None:
         request, writer, answers = call.request, call.writer, call.bell.answers
         sent = [0] * len(answers)
         left = len(answers)
@@ -402,7 +409,7 @@ class MockEndpoint:
                 await call.bell.more()
             except EngineDead:
                 await self._send(response, sse(_engine_error().body) + DONE)
-                return response
+                return
             for index, answer in enumerate(answers):
                 produced = answer.produced
                 if produced == sent[index]:
@@ -426,8 +433,6 @@ class MockEndpoint:
                 data += DONE
             await self._send(response, data)
             data = b""
-        await response.write_eof()
-        return response
 
     async def _send(self, response: web.StreamResponse, data: bytes) -> None:
         if self.board.active("blackhole") is not None:

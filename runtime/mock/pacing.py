@@ -198,6 +198,7 @@ class PacedEngine:
         self._work = asyncio.Event()
         self._pauses: set[str] = set()
         self._not_before_s = 0.0
+        self._end_s = 0.0  # of the last step
         self._remote: set[str] = set()  # requests that may yet ask for KV
 
     @property
@@ -257,9 +258,9 @@ class PacedEngine:
         if self.dead:
             return
         now_s = self._now_s()
+        change(self.engine, now_s)
         if not self.engine.num_running:
             self._not_before_s = now_s
-        change(self.engine, now_s)
         self._work.set()
 
     def pause(self, why: str) -> None:
@@ -270,7 +271,7 @@ class PacedEngine:
         """Take a pause back; time has passed for whatever was under way."""
         if why in self._pauses:
             self._pauses.remove(why)
-            self._not_before_s = self._now_s()
+            self._not_before_s = self._clock.now_s()
             self._work.set()
 
     def kill(self) -> None:
@@ -280,8 +281,12 @@ class PacedEngine:
             answer.die()
 
     def _now_s(self) -> float:
-        # A timer may fire a moment early: never speak to the engine of its past.
-        return max(self._clock.now_s(), self.engine.now_s)
+        # A timer may fire a moment early: never speak to the engine of its past. Nor, while calls
+        # run, of what lies behind the last step run: steps that are late have not happened.
+        now_s = self._clock.now_s()
+        if self.engine.num_running:
+            now_s = min(now_s, self._end_s)
+        return max(now_s, self.engine.now_s)
 
     async def run(self) -> None:
         """Drive the engine until cancelled; an internal error kills it and all its answers."""
@@ -307,7 +312,7 @@ class PacedEngine:
             if result is None:
                 await self._work.wait()
                 continue
-            at_s = result.end_s
+            at_s = self._end_s = result.end_s
             # Also when it is late: others must have their turn between two steps.
             await asyncio.sleep(max(0.0, clock.wall_s(at_s - clock.now_s())))
             late_s = clock.wall_s(clock.now_s() - at_s)
@@ -339,7 +344,7 @@ class PacedEngine:
             # Time has passed without a step: nobody may ask for KV in this one.
             waiting = [self._answers[name] for name in self._remote]
             for answer in waiting:
-                engine.abort(answer.request.request_id, start_s)
+                engine.abort(answer.request.request_id, self._end_s)
             result = engine.step(start_s)
             for answer in waiting:
                 answer.request = replace(answer.request)
