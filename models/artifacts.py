@@ -22,7 +22,14 @@ from models.features import CHOICE, DELAY, LENGTH
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write
 
-__all__ = ["ARTIFACT_SCHEMA", "ArtifactInfo", "load_artifact", "read_info", "save_artifact"]
+__all__ = [
+    "ARTIFACT_SCHEMA",
+    "ArtifactInfo",
+    "load_artifact",
+    "read_info",
+    "save_artifact",
+    "unusable",
+]
 
 ARTIFACT_SCHEMA = "almanac.artifact/1"
 _MAGIC = b"ALMANAC ARTIFACT\n"
@@ -32,7 +39,7 @@ FEATURES: dict[str, str] = {
     "output_length": LENGTH.version,
     "tool_delay": DELAY.version,
     "branching": CHOICE.version,
-    "endpoint_latency": "latency/1",
+    "endpoint_latency": "latency/2",
     "arrivals": "arrivals/1",
 }
 """Feature schema by kind of predictor."""
@@ -130,6 +137,17 @@ def read_info(path: Path) -> ArtifactInfo:
         ) from error
 
 
+def unusable(info: ArtifactInfo) -> str | None:
+    """Return why this installation cannot load an artifact, or None if it can."""
+    schema = FEATURES.get(info.kind)
+    if info.features != schema:
+        return f"was made with feature schema {info.features!r}, this version has {schema!r}"
+    for name, version in _libraries().items():
+        if info.libraries.get(name) != version:
+            return f"was made with {name} {info.libraries.get(name)}, here is {version}"
+    return None
+
+
 def load_artifact(path: Path, kind: str) -> tuple[Any, ArtifactInfo]:
     """Return a predictor and what its artifact says of itself.
 
@@ -146,20 +164,8 @@ def load_artifact(path: Path, kind: str) -> tuple[Any, ArtifactInfo]:
             where=str(path),
             remedy=f"give the artifact of {kind!r}",
         )
-    if info.features != FEATURES.get(kind):
-        raise InvalidInput(
-            f"was made with feature schema {info.features!r}, this version has "
-            f"{FEATURES.get(kind)!r}",
-            where=str(path),
-            remedy=_REMEDY,
-        )
-    here = _libraries()
-    for name, version in here.items():
-        if info.libraries.get(name) != version:
-            raise InvalidInput(
-                f"was made with {name} {info.libraries.get(name)}, here is {version}",
-                where=str(path),
-                remedy=_REMEDY,
-            )
+    problem = unusable(info)
+    if problem is not None:
+        raise InvalidInput(problem, where=str(path), remedy=_REMEDY)
     _, payload = _open(path)
     return joblib.load(io.BytesIO(payload)), info

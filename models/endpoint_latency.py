@@ -34,6 +34,8 @@ Floats = npt.NDArray[np.float64]
 
 REQUEST_COLUMNS = (
     "config",  # (model, GPU, number) the row was measured on
+    "run",  # one measurement of a configuration: requests of a run meet each other
+    "sent_s",  # on the run's clock: sending, or admission, as the reader says
     "prompt_tokens",  # uncached
     "calls",  # in flight when the request was sent, itself included
     "kv_tokens",  # their context, its own prompt included
@@ -145,19 +147,29 @@ class LatencyPredictor:
     decode: tuple[float, ...]
 
     @classmethod
-    def fit(cls, rows: pd.DataFrame) -> LatencyPredictor:
-        """Fit on rows with `REQUEST_COLUMNS`; at least one must have a second output token."""
+    def fit(cls, rows: pd.DataFrame, prior: LatencyPredictor | None = None) -> LatencyPredictor:
+        """Fit on rows with `REQUEST_COLUMNS`.
+
+        ``prior`` is the shape to lean on where the rows say little (a new configuration): with the
+        weight of one request per coefficient.
+        """
+
         # A narrow Huber zone is close to least absolute relative error: these logs have long tails.
-        prefill = RelativeNonNegativeRegressor(huber=0.05, rounds=15).fit(
+        def model(shape: tuple[float, ...] | None) -> RelativeNonNegativeRegressor:
+            return RelativeNonNegativeRegressor(prior=shape, strength=1.0, huber=0.05, rounds=15)
+
+        prefill = model(prior.prefill if prior else None).fit(
             _prefill_design(rows), rows["ttft_s"].to_numpy(float)
         )
         several = rows[(rows["output_tokens"] > 1) & (rows["decode_s"] > 0)]
         if several.empty:
-            decode = (0.0, 0.0, 0.0)
+            decode = prior.decode if prior else (0.0, 0.0, 0.0)
         else:
             step_s = several["decode_s"] / (several["output_tokens"] - 1)
-            model = RelativeNonNegativeRegressor(huber=0.05, rounds=15)
-            decode = tuple(model.fit(_decode_design(several), step_s.to_numpy(float)).coef_)
+            fitted = model(prior.decode if prior else None).fit(
+                _decode_design(several), step_s.to_numpy(float)
+            )
+            decode = tuple(fitted.coef_)
         return cls(prefill=tuple(map(float, prefill.coef_)), decode=tuple(map(float, decode)))
 
     def ttft_s(self, rows: pd.DataFrame) -> Floats:

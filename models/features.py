@@ -62,14 +62,15 @@ class FeatureSchema:
 
 
 LENGTH = FeatureSchema(
-    version="length/1",
+    version="length/2",
     categorical=(
-        "kind", "site", "model", "input_kind", "last_action", "last_action_2", "last_words",
-        "last_status",
+        "kind", "site", "model", "input_kind", "last_site", "last_site_2", "last_action",
+        "last_action_2", "last_words", "last_status",
     ),
     numeric=(
         "step", "prompt_tokens", "new_tokens", "last_output_tokens", "last_output_tokens_2",
-        "mean_log_output", "site_mean_log_output", "last_delay_s", "last_argument_chars",
+        "mean_log_output", "site_mean_log_output", "turn_last_output_tokens", "turn_visits",
+        "last_delay_s", "last_argument_chars",
     ),
 )  # fmt: skip
 DELAY = FeatureSchema(
@@ -132,7 +133,11 @@ def length_features(table: pd.DataFrame) -> pd.DataFrame:
     """
     log_output = pd.Series(np.log1p(table["output_tokens"]), index=table.index)
     session = table["session_id"]
+    # A turn is a site after the one before it: who answers whom says more than who answers.
+    turn = table.groupby([session, table["site"], _last(table, "site")], sort=False)
     known = {
+        "last_site": _last(table, "site"),
+        "last_site_2": _last(table, "site", 2),
         "last_action": _last(table, "action"),
         "last_action_2": _last(table, "action", 2),
         "last_words": _last(table, "words"),
@@ -142,6 +147,8 @@ def length_features(table: pd.DataFrame) -> pd.DataFrame:
         "last_output_tokens_2": _last(table, "output_tokens", 2),
         "mean_log_output": _running_mean(log_output, [session]),
         "site_mean_log_output": _running_mean(log_output, [session, table["site"]]),
+        "turn_last_output_tokens": turn["output_tokens"].shift(1),
+        "turn_visits": turn.cumcount(),
         "last_delay_s": _last(table, "delay_s"),
         "last_argument_chars": _last(table, "argument_chars"),
     }

@@ -17,14 +17,14 @@ __all__ = ["output_length_predictor", "shrunk_quantiles", "site_output_tokens"]
 def output_length_predictor(*, constant: bool = False, seed: int = 0) -> StepQuantilePredictor:
     """Return the (unfitted) predictor of output tokens at dispatch.
 
-    Cold starts fall back from (system, site, last action, last command words) one by one to all
-    calls of the source.
+    Cold starts fall back from (system, site, last action, last command words, site before) one by
+    one to all calls of the source.
     """
     return StepQuantilePredictor(
         target="output_tokens",
         features=length_features,
         schema=LENGTH,
-        groups=("kind", "site", "last_action", "last_words"),
+        groups=("kind", "site", "last_action", "last_words", "last_site"),
         constant=constant,
         seed=seed,
     )

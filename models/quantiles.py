@@ -273,10 +273,12 @@ class BoostedQuantileRegressor(_LogQuantiles):
         """Return the mean of ``log(1 + y)``, shape (rows,)."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")
+        grouped = self.groups_.predict_log_mean(X)
         if self.center_ is None:
-            return super().predict_log_mean(X)
+            return grouped
         with _one_thread():
-            return np.asarray(self.center_.predict(X[:, self.used_]))
+            boosted = self.center_.predict(X[:, self.used_])
+        return np.asarray((1 - self.weight_) * grouped + self.weight_ * boosted)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -23,6 +23,7 @@ from models.endpoint_latency import LatencyPredictor
 from models.evaluation import coverage, log_loss, median_relative_error, pinball_loss, r2_log
 from models.importers.folder import read_folder
 from models.importers.own import OwnTraces
+from models.latency_pool import LatencyPool
 from models.output_length import output_length_predictor
 from models.predictor import StepQuantilePredictor
 from models.snapshot import EndpointFit, estimate_table, fit_endpoints
@@ -41,6 +42,8 @@ Progress = Callable[[str], None]
 
 LEAST_ROWS = 20
 """Training rows a predictor needs; with fewer the priors of the estimate table have to do."""
+LEAST_CONFIGURATIONS = 5
+"""Configurations that share a correction of their physics; fewer have nothing to share."""
 PINBALL_LEVELS = (0.5, 0.9, 0.95)
 
 
@@ -204,7 +207,7 @@ def _learn(dataset: Dataset, harvest: _Harvest, seed: int, progress: Progress) -
         _choices(dataset, dataset.choices, harvest)
     if dataset.requests is not None:
         progress(f"fitting endpoint latency of {dataset.name}")
-        _latency(dataset, dataset.requests, harvest)
+        _latency(dataset, dataset.requests, harvest, seed)
     if dataset.arrivals is not None and dataset.arrivals["time_s"].nunique() > 1:
         progress(f"fitting arrivals of {dataset.name}")
         model = ArrivalModel.fit(dataset.arrivals)
@@ -233,7 +236,8 @@ def _quantiles(
     quantiles = fitted.predict_quantiles(table)[test.to_numpy()]
     flat = constant.predict_quantiles(table)[test.to_numpy()]
     value, baseline = _pinball(observed, quantiles), _pinball(observed, flat)
-    better = value < baseline
+    # The predictor itself keeps the constant where its calibration rows say so.
+    better = not fitted.constant_
     level = LEVELS.index(0.9)
     log_y = np.log1p(table.loc[training, target].to_numpy(float))
     result = Result(
@@ -253,7 +257,7 @@ def _quantiles(
             "coverage90": coverage(observed, quantiles[:, level]),
         },
     )
-    harvest.keep(kind, dataset, make(seed=seed, constant=not better).fit(table, known), [result])
+    harvest.keep(kind, dataset, make(seed=seed).fit(table, known), [result])
 
 
 def _pinball(observed: Floats, quantiles: Floats) -> float:
@@ -299,7 +303,7 @@ def _choices(dataset: Dataset, table: pd.DataFrame, harvest: _Harvest) -> None:
     harvest.keep("branching", dataset, ChoicePredictor(contexts=better).fit(table, known), [result])
 
 
-def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> None:
+def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest, seed: int) -> None:
     results = []
     training = requests[requests["held_out"] == ""]
     enough = training["config"].value_counts()
@@ -309,17 +313,23 @@ def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> Non
     requests, training = requests[usable], training[training["config"].isin(requests["config"])]
     if requests.empty:
         return
-    models = {str(name): LatencyPredictor.fit(rows) for name, rows in training.groupby("config")}
+    pooled = requests["config"].nunique() >= LEAST_CONFIGURATIONS
+    # Run once on the training rows, to be judged, and once on all rows, to be kept.
+    judged = LatencyPool(seed).fit(training, requests) if pooled else _each(training)
     middle = training.assign(total_s=training["ttft_s"] + training["decode_s"])
     constant = middle.groupby("config")["total_s"].median()
     first = training.groupby("config")["ttft_s"].median()
     for part in sorted(set(requests["held_out"]) - {""}):
         test = requests[requests["held_out"] == part]
-        predicted = pd.Series(0.0, index=test.index)
+        physics = judged.physics_ if isinstance(judged, LatencyPool) else judged
+        total = pd.Series(0.0, index=test.index)
         ttft = pd.Series(0.0, index=test.index)
         for name, rows in test.groupby("config"):
-            predicted[rows.index] = models[str(name)].total_s(rows)
-            ttft[rows.index] = models[str(name)].ttft_s(rows)
+            total[rows.index] = physics[str(name)].total_s(rows)
+            ttft[rows.index] = physics[str(name)].ttft_s(rows)
+        predicted = total.to_numpy(float)
+        if isinstance(judged, LatencyPool):
+            predicted = judged.total_s(test, requests)
         observed = (test["ttft_s"] + test["decode_s"]).to_numpy(float)
         results.append(
             Result(
@@ -329,11 +339,12 @@ def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> Non
                 rows_held_out=len(test),
                 split=dataset.split,
                 metric="median relative error, end to end",
-                value=median_relative_error(observed, predicted.to_numpy(float)),
+                value=median_relative_error(observed, predicted),
                 baseline=median_relative_error(
                     observed, test["config"].map(constant).to_numpy(float)
                 ),
                 more={
+                    "physics alone": median_relative_error(observed, total.to_numpy(float)),
                     "ttft": median_relative_error(
                         test["ttft_s"].to_numpy(float), ttft.to_numpy(float)
                     ),
@@ -346,8 +357,12 @@ def _latency(dataset: Dataset, requests: pd.DataFrame, harvest: _Harvest) -> Non
                 "the configuration's median",
             )
         )
-    final = {str(name): LatencyPredictor.fit(rows) for name, rows in requests.groupby("config")}
+    final = LatencyPool(seed).fit(requests) if pooled else _each(requests)
     harvest.keep("endpoint_latency", dataset, final, results)
+
+
+def _each(rows: pd.DataFrame) -> dict[str, LatencyPredictor]:
+    return {str(name): LatencyPredictor.fit(part) for name, part in rows.groupby("config")}
 
 
 def _snapshot(

@@ -30,6 +30,7 @@ MAX_TOKENS = 5e6
 MAX_DELAY_S = 7 * 86400.0
 LONG_ANSWER_TOKENS = 400.0
 _CHANGE_DIRECTORY = re.compile(r"^\s*cd\s+\S+\s*(?:&&|;)\s*")
+_TURN_TARGET = re.compile(r"->.*")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,4}$")
 
 
@@ -230,7 +231,11 @@ def read_tau_bench(folder: Path, seed: int) -> Dataset:
 
 
 def read_who_and_when(folder: Path, seed: int) -> Dataset:
-    """Read `who_and_when`; split by log. A step's action is the next speaker. It has no times."""
+    """Read `who_and_when`; split by log. A step's action is the next speaker. It has no times.
+
+    A step's words are the kind of its turn: a Magentic orchestrator that hands over to a rare agent
+    is followed by the same short note as one that hands over to a common one.
+    """
     path = folder / "steps.csv"
     raw = read_table(
         path,
@@ -251,6 +256,7 @@ def read_who_and_when(folder: Path, seed: int) -> Dataset:
         prompt_tokens=rows["context_tok_est"],
         output_tokens=rows["msg_tok_est"],
         action=rows.groupby("log_id")["agent"].shift(-1).fillna("end"),
+        words=rows["agent"].str.replace(_TURN_TARGET, "->", regex=True),
         held_out=split_groups(rows["log_id"], seed),
     )
     return _agent_dataset("who_and_when", "30 % of the logs held out", table, sieve, path)

@@ -15,6 +15,9 @@ from planner.domain.files import read_jsonl
 __all__ = ["read_azure", "read_llm_pilot", "read_mooncake", "read_vllm_bench"]
 
 MAX_TOKENS = 5e6
+MOONCAKE_BLOCK_TOKENS = 512
+LEAST_SHARED_BLOCKS = 2
+"""One block in common may be a system prompt."""
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -54,9 +57,14 @@ def read_azure(folder: Path, part: str) -> Dataset:
 
 
 def read_mooncake(folder: Path) -> Dataset:
-    """Read the conversation trace of `mooncake_fast25`; split by time."""
+    """Read the conversation trace of `mooncake_fast25`; split by time.
+
+    Equal block ids mean an equal prefix, so a request whose prompt begins with at least
+    `LEAST_SHARED_BLOCKS` blocks of an earlier one is the next turn of that conversation.
+    """
     path = _only(folder, "conversation*.jsonl")
     values: dict[str, list[float]] = {"time_s": [], "prompt_tokens": [], "output_tokens": []}
+    blocks: list[list[int]] = []
     fields = (("timestamp", "time_s", 1e-3), ("input_length", "prompt_tokens", 1.0))
     for number, row in read_jsonl(path, what="Mooncake trace"):
         for source, target, unit in (*fields, ("output_length", "output_tokens", 1.0)):
@@ -70,7 +78,33 @@ def read_mooncake(folder: Path) -> Dataset:
                     remedy="correct it",
                 )
             values[target].append(np.nan if value is None else value * unit)
-    return _service("mooncake_conversation", pd.DataFrame(values), path)
+        ids = row.get("hash_ids", []) if isinstance(row, dict) else []
+        if not isinstance(ids, list):
+            raise InvalidInput(
+                f"{ids!r:.40} is not a list of block ids",
+                where=f"{path}:{number}: hash_ids",
+                remedy="correct it",
+            )
+        blocks.append(ids)
+    frame = pd.DataFrame(values)
+    return _service("mooncake_conversation", frame.join(_conversations(frame, blocks)), path)
+
+
+def _conversations(frame: pd.DataFrame, blocks: list[list[int]]) -> pd.DataFrame:
+    """Return, per request, its conversation and the prompt tokens shared with the one before."""
+    owner: dict[int, int] = {}
+    conversation = [""] * len(frame)
+    shared = np.zeros(len(frame))
+    for place in np.argsort(frame["time_s"].to_numpy(), kind="stable"):
+        ids = blocks[place]
+        depth = next((n for n in range(len(ids), 0, -1) if ids[n - 1] in owner), 0)
+        if depth >= LEAST_SHARED_BLOCKS:
+            conversation[place] = conversation[owner[ids[depth - 1]]]
+        else:
+            conversation[place] = f"{place:08d}"
+        shared[place] = min(depth * MOONCAKE_BLOCK_TOKENS, frame["prompt_tokens"].iloc[place])
+        owner |= dict.fromkeys(ids, int(place))
+    return pd.DataFrame({"conversation": conversation, "shared": shared}, index=frame.index)
 
 
 def _service(name: str, frame: pd.DataFrame, path: Path) -> Dataset:
@@ -79,14 +113,17 @@ def _service(name: str, frame: pd.DataFrame, path: Path) -> Dataset:
     sieve.require("prompt_tokens", 1, MAX_TOKENS)
     sieve.require("output_tokens", 1, MAX_TOKENS)
     rows = sieve.frame.sort_values("time_s", kind="stable").reset_index(drop=True)
-    identity = [f"{position:08d}" for position in range(len(rows))]
+    if "conversation" not in rows.columns:
+        alone = pd.Series([f"{position:08d}" for position in range(len(rows))], dtype=object)
+        rows = rows.assign(conversation=alone, shared=np.nan)
     calls = steps(
-        session_id=identity,
-        family=identity,
-        step=0.0,
+        session_id=rows["conversation"],
+        family=rows["conversation"],
+        step=rows.groupby("conversation").cumcount(),
         kind="service",
         site=name,
         prompt_tokens=rows["prompt_tokens"],
+        shared_prefix_tokens=rows["shared"],
         output_tokens=rows["output_tokens"],
         held_out=split_tail(rows["time_s"]),
     )
@@ -99,7 +136,7 @@ def _service(name: str, frame: pd.DataFrame, path: Path) -> Dataset:
         data_hash=file_hash(path),
         window=f"{minutes:.0f} minutes",
         calls=calls,
-        arrivals=rows,
+        arrivals=rows[["time_s", "prompt_tokens", "output_tokens"]],
     )
 
 

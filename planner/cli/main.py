@@ -25,6 +25,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, str] = {
     "train": "fit predictors from traces into an estimate table",
+    "evaluate": "measure the predictors on held-out rows, bar by bar",
+    "models": "show saved predictors",
     "plan": "place calls on a fleet and write the dispatch table",
     "simulate": "compare policies on a simulated fleet",
     "serve": "run the gateway in front of a fleet",

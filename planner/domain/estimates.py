@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ __all__ = [
 ESTIMATES_SCHEMA = "almanac.estimates/1"
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 """Quantile levels of every length and delay estimate."""
+MOST_OVERDUE = 10.0
+"""Longest tail of what is overdue, in multiples; a Pareto tail of index 1 has no mean."""
+_MEAN_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,88 @@ class Quantiles:
 
     def at(self, level: float) -> float:
         """Return the quantile at a level in [0, 1], linear between and flat beyond `LEVELS`."""
-        return float(np.interp(level, LEVELS, self.values))
+        right = bisect_right(LEVELS, level)
+        if right == 0:
+            return self.values[0]
+        if right == len(LEVELS):
+            return self.values[-1]
+        low, high = self.values[right - 1], self.values[right]
+        slope = (high - low) / (LEVELS[right] - LEVELS[right - 1])
+        return low + slope * (level - LEVELS[right - 1])
+
+    def share_below(self, value: float) -> float:
+        """Return the share of the distribution at or below a value, in [0, 1).
+
+        Linear between the quantiles; a Pareto tail beyond the last, whose index is that of the
+        quantiles at 0.75 and 0.95.
+        """
+        if value < self.values[0]:
+            return LEVELS[0] * value / self.values[0]
+        if value >= self.values[-1]:
+            index = self._tail_index()
+            left = (self.values[-1] / value) ** index if math.isfinite(index) and value > 0 else 0.0
+            return 1.0 - (1.0 - LEVELS[-1]) * left
+        right = bisect_right(self.values, value)
+        low, high = self.values[right - 1], self.values[right]
+        share = (value - low) / (high - low)
+        return LEVELS[right - 1] + share * (LEVELS[right] - LEVELS[right - 1])
+
+    def given(self, elapsed: float) -> Quantiles:
+        """Return the distribution of the whole, given that it is longer than ``elapsed``.
+
+        Parameters
+        ----------
+        elapsed
+            What has passed already: tokens produced so far, seconds waited so far; >= 0.
+
+        Returns
+        -------
+        Quantiles
+            Of the total (what is left is that less ``elapsed``), each >= ``elapsed``; the
+            distribution itself if nothing has passed.
+
+        Notes
+        -----
+        Survival conditioning: the quantile at u becomes the one at F(elapsed) + (1 - F(elapsed)) u.
+        Beyond the last quantile the tail is Pareto, as in `share_below`, so that what is overdue
+        is expected to take longer the longer it has taken: lengths and delays are heavy-tailed.
+        The tail is cut at `MOST_OVERDUE` times the larger of ``elapsed`` and the last quantile.
+        """
+        if elapsed <= 0.0:
+            return self
+        index = self._tail_index()
+        past = self.share_below(elapsed)
+        cap = MOST_OVERDUE * max(elapsed, self.values[-1])
+        # Far in the tail 1 - F loses its digits; there the Pareto law is free of scale.
+        overdue = elapsed >= self.values[-1]
+
+        def whole(level: float) -> float:
+            if overdue:
+                return float(min(elapsed * (1.0 - level) ** (-1.0 / index), cap))
+            share = past + (1.0 - past) * level
+            if share <= LEVELS[0]:
+                return max(elapsed, self.values[0] * share / LEVELS[0])
+            if share <= LEVELS[-1]:
+                return max(elapsed, self.at(share))
+            tail = ((1.0 - LEVELS[-1]) / (1.0 - share)) ** (1.0 / index)
+            return float(min(max(elapsed, self.values[-1] * tail), cap))
+
+        return Quantiles(
+            values=tuple(whole(level) for level in LEVELS),
+            mean=sum(whole((step + 0.5) / _MEAN_STEPS) for step in range(_MEAN_STEPS))
+            / _MEAN_STEPS,
+            count=self.count,
+            provenance=self.provenance,
+        )
+
+    def _tail_index(self) -> float:
+        middle, last = self.values[LEVELS.index(0.75)], self.values[-1]
+        if last <= middle:
+            return math.inf
+        if middle <= 0.0:
+            return 1.0
+        spread = math.log((1.0 - 0.75) / (1.0 - LEVELS[-1]))
+        return max(1.0, spread / math.log(last / middle))
 
     def sample(self, uniform: float) -> float:
         """Return the value for a uniform number in [0, 1] (inverse transform)."""
