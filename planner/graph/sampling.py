@@ -127,7 +127,7 @@ def sample_run(
     *,
     run_id: str,
     arrival_s: float = 0.0,
-    max_visits: int = 8,
+    max_visits: int = 64,
     defaults: EstimateTable | None = None,
 ) -> RunSpec:
     """Draw one run.
@@ -176,7 +176,7 @@ def scenarios(
     n: int,
     seed: int,
     *,
-    max_visits: int = 8,
+    max_visits: int = 64,
     defaults: EstimateTable | None = None,
 ) -> tuple[RunSpec, ...]:
     """Draw ``n`` runs for planning; scenario i depends on the seed and i only, not on ``n``."""
