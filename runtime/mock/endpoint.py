@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -393,10 +394,9 @@ class MockEndpoint:
     async def _stream(self, http: web.Request, call: _Call) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": _SSE, "Cache-Control": "no-cache"})
         await response.prepare(http)  # headers go out before the first token, as vLLM's do
-        try:
+        # A client that has left, or a fault that has torn the connection, is no error here.
+        with suppress(ConnectionResetError):
             await self._write_chunks(response, call)
-        except ConnectionResetError:
-            pass  # the client has left, or a fault has torn the connection
         return response
 
     async def _write_chunks(self, response: web.StreamResponse, call: _Call) -> None:
