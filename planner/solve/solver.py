@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner.domain.errors import Infeasible, InvalidInput, ModelInvalid, NoSolutionFound
+from planner.domain.errors import Infeasible, ModelInvalid, NoSolutionFound
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
 from planner.domain.fleet import Fleet
 from planner.domain.plan import Assignment, Plan
@@ -22,6 +22,7 @@ from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.sampling import scenarios as draw_scenarios
 from planner.solve.bounds import carried_rate_rps, critical_path_ticks
+from planner.solve.budget import Budget
 from planner.solve.constraints import add_constraints
 from planner.solve.heuristics import Solution, greedy_solution
 from planner.solve.instance import Instance, Ints, build_instance
@@ -30,48 +31,6 @@ from planner.solve.timing import Timing, build_timing
 from planner.solve.variables import Variables
 
 __all__ = ["Budget", "PlanResult", "Progress", "solve_instance", "solve_plan"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """How long to solve.
-
-    Parameters
-    ----------
-    wall_s
-        Wall-clock limit of the search in seconds, > 0, or None.
-    deterministic
-        Limit in the solver's deterministic time, > 0, or None.
-    relative_gap
-        Stop once the objective is proven to be this close to the best, >= 0.
-    workers
-        Threads, >= 1.
-    """
-
-    wall_s: float | None = 15.0
-    deterministic: float | None = None
-    relative_gap: float = 0.01
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        limits = [limit for limit in (self.wall_s, self.deterministic) if limit is not None]
-        if not limits or any(not limit > 0 for limit in limits):
-            raise InvalidInput(
-                f"limits {self.wall_s} s and {self.deterministic}",
-                where="budget",
-                remedy="give a positive wall-clock or deterministic limit",
-            )
-        if self.workers < 1 or not self.relative_gap >= 0:
-            raise InvalidInput(
-                f"{self.workers} workers, gap {self.relative_gap}",
-                where="budget",
-                remedy="use at least one worker and a gap >= 0",
-            )
-
-    @classmethod
-    def reproducible(cls, deterministic: float = 20.0, relative_gap: float = 0.01) -> Budget:
-        """Return a budget under which the same question gives the same plan, bit for bit."""
-        return cls(wall_s=None, deterministic=deterministic, relative_gap=relative_gap, workers=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +147,7 @@ def solve_instance(
         _add_hint(model, variables, greedy)
 
     solver = cp_model.CpSolver()
-    solver.parameters.num_workers = budget.workers
-    solver.parameters.random_seed = seed
-    solver.parameters.relative_gap_limit = budget.relative_gap
-    if budget.wall_s is not None:
-        solver.parameters.max_time_in_seconds = budget.wall_s
-    if budget.deterministic is not None:
-        solver.parameters.max_deterministic_time = budget.deterministic
+    budget.apply(solver, seed)
     log = _Log(instance, progress)
     status = solver.solve(model, log)
     solution = _outcome(status, solver, model, variables, greedy, carried)
