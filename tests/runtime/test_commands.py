@@ -13,7 +13,7 @@ import sys
 import httpx
 import pytest
 
-from planner.cli import mock_fleet, serve
+from planner.cli import bench_mock, mock_fleet, serve
 from planner.domain.errors import InvalidInput
 
 FLEET = """
@@ -153,3 +153,44 @@ def test_a_port_in_use_names_worker_and_port(fleet_file):
         fleet_file.write_text(FLEET.format(port=port))
         with pytest.raises(InvalidInput, match=rf"'e0'.*port {port} .*already in use"):
             mock_fleet.run(args_for(mock_fleet, str(fleet_file)))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--api-key-env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE"),
+        (["--max-queued", "-1"], "max_queued"),
+        (["--stream-interval", "0"], "stream_interval"),
+        (["--lora", ""], "lora"),
+    ],
+)
+def test_bad_options_of_mock_fleet_are_input_errors(fleet_file, words, match):
+    """Whatever is wrong with an option is told before anything starts."""
+    with pytest.raises(InvalidInput, match=match):
+        mock_fleet.run(args_for(mock_fleet, str(fleet_file), *words))
+
+
+def test_a_wrong_fault_is_told_before_anything_starts(fleet_file):
+    """A fault that cannot be read names file, worker and field."""
+    fleet_file.write_text(FLEET.format(port=9) + "    faults: [{kind: flood}]\n")
+    with pytest.raises(InvalidInput, match=r"fleet\.yaml: workers\[0\]\.faults\[0\]\.kind"):
+        mock_fleet.run(args_for(mock_fleet, str(fleet_file)))
+
+
+def test_workers_on_one_port_are_told_before_anything_starts(fleet_file):
+    """Two hosts with the same port cannot be mocked on one machine."""
+    one = FLEET.format(port=9)
+    other = one[one.index("  - id") :].replace("e0", "e1").replace("127.0.0.1", "10.0.0.1")
+    fleet_file.write_text(one + other)
+    with pytest.raises(InvalidInput, match="'e1'.*port 9 is already that of 'e0'"):
+        mock_fleet.run(args_for(mock_fleet, str(fleet_file)))
+
+
+def test_the_mock_s_speed_is_measured(capsys):
+    """`bench-mock --json` prints rows with name, value, unit, bar and verdict."""
+    words = ["--endpoints", "1", "--streams", "2", "--tokens", "10", "--json"]
+    assert bench_mock.run(args_for(bench_mock, *words)) in (0, 1)
+    rows = json.loads(capsys.readouterr().out)
+    assert [set(row) for row in rows] == [{"name", "value", "unit", "bar", "holds"}] * 5
+    assert rows[0]["bar"] == ">= 8000"
+    assert all(row["value"] >= 0 for row in rows)
