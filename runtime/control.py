@@ -209,6 +209,14 @@ class Control:
         """Return whether an endpoint is left that is up and not excluded."""
         return bool(self.router.view.candidates(model, exclude))
 
+    def room_tokens(self, model: str | None) -> int:
+        """Return the longest sequence an endpoint of the model can hold, be it up or down."""
+        return max(
+            state.most_tokens
+            for state in self.router.view.states
+            if model is None or state.endpoint.model == model
+        )
+
     def run_of(self, identity: Identity) -> Run:
         """Return the run a call or event belongs to, starting it if it is new."""
         now_s = self.clock.now_s()

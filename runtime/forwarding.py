@@ -273,6 +273,12 @@ class Forwarder:
         run.open_calls += 1
         try:
             tokens, per_item = control.scale.tokens(request.prompt, request.model)
+            max_tokens = _max_tokens(request.payload)
+            room_tokens = control.room_tokens(request.model)
+            if tokens + (max_tokens or 1) > room_tokens:
+                # By our estimate no endpoint can hold it, so it would wait in vain. An endpoint
+                # counts exactly, and refuses in its own words what is really too long.
+                tokens, max_tokens = min(tokens, room_tokens - 1), None
             call = Call(
                 call_id=f"{self._process}-{next(self._ids)}",
                 run_id=run.run_id,
@@ -285,7 +291,7 @@ class Forwarder:
                 run_arrival_s=run.arrival_s,
                 ready_s=ready_s,
                 visit=identity.visit,
-                max_tokens=_max_tokens(request.payload),
+                max_tokens=max_tokens,
                 session_id=run.session_id,
                 model=request.model,
             )

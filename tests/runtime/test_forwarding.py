@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from multidict import CIMultiDict
 
+from planner.domain.fleet import Fleet
 from planner.domain.trace import CallRecord, RunRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.control import Control
@@ -330,3 +332,21 @@ async def test_traces_tell_the_story_without_any_text(bench, tmp_path):
     (run,) = (record for record in records if isinstance(record, RunRecord))
     assert (run.run_id, run.calls, run.status) == ("r1", 1, "ok")
     one.control.close()
+
+
+async def test_what_seems_too_long_is_judged_by_an_endpoint(fleet_of):
+    """A call that no endpoint can hold by our estimate is sent all the same, and as it is.
+
+    The estimate may be wrong, so nothing is refused on its strength, and nothing waits for an
+    endpoint that can never come. A long prompt goes where there is most room.
+    """
+    small, large = fleet_of(2).endpoints
+    fleet = Fleet(name="f", endpoints=(replace(small, kv_blocks=50), large))
+    refused = whole(400, b'{"error": "too long"}')
+    one = Bench(fleet, [refused], [refused], policy="least_load")
+    answer = await one.ask(messages=[{"role": "user", "content": "word " * 20_000}])
+    assert (answer.status, answer.headers["x-almanac-endpoint"]) == (400, "e1")
+    answer = await one.ask(max_tokens=10**6)
+    assert (answer.status, answer.headers["x-almanac-endpoint"]) == (400, "e0")
+    assert one.links[0].sent[0][1]["max_tokens"] == 10**6
+    assert one.clean
