@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from planner.dispatch.policies.base import Choice, Policy
@@ -54,13 +54,7 @@ def make_policy(name: str, *, seed: int = 0, **parameters: Any) -> Policy:
             f"{name!r} is unknown", where="policy", remedy=f"use one of {', '.join(POLICIES)}"
         ) from None
     known = inspect.signature(kind).parameters
-    for key in parameters:
-        if key not in known:
-            raise InvalidInput(
-                f"policy {name!r} has no parameter {key!r}",
-                where="policy",
-                remedy=f"known: {', '.join(known) or 'none'}",
-            )
+    _check_names(name, parameters, [key for key in known if key != "seed"])
     if "seed" in known:
         parameters["seed"] = seed
     return kind(**parameters)
@@ -72,9 +66,12 @@ def parse_policy(text: str) -> tuple[str, dict[str, float]]:
     Raises
     ------
     InvalidInput
-        If a parameter is not ``key=number`` or the name is unknown.
+        If the name or a parameter is unknown, or a parameter is not ``key=number`` with a number
+        >= 0.
     """
     name, _, rest = text.partition(":")
+    if name not in POLICIES:
+        make_policy(name)  # says so
     parameters: dict[str, float] = {}
     for part in filter(None, rest.split(",")):
         key, _, value = part.partition("=")
@@ -84,6 +81,24 @@ def parse_policy(text: str) -> tuple[str, dict[str, float]]:
             raise InvalidInput(
                 f"{part!r} is not key=number", where=f"policy {name!r}", remedy="correct it"
             ) from None
-    if name not in POLICIES:
-        make_policy(name)
+        if not parameters[key] >= 0:
+            raise InvalidInput(
+                f"{part!r} is out of range", where=f"policy {name!r}", remedy="use a number >= 0"
+            )
+    # A seed comes with the experiment, a table from its file.
+    numeric = [key for key in inspect.signature(POLICIES[name]).parameters if key not in _GIVEN]
+    _check_names(name, parameters, numeric)
     return name, parameters
+
+
+_GIVEN = ("seed", "table")
+
+
+def _check_names(policy: str, parameters: Iterable[str], known: Sequence[str]) -> None:
+    for key in parameters:
+        if key not in known:
+            raise InvalidInput(
+                f"policy {policy!r} has no parameter {key!r}",
+                where="policy",
+                remedy=f"known: {', '.join(known) or 'none'}",
+            )

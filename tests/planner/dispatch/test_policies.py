@@ -157,4 +157,10 @@ def test_unknown_policies_and_parameters_are_named() -> None:
         make_policy("marginal_cost", thta=1.0)
     with pytest.raises(InvalidInput, match="key=number"):
         parse_policy("marginal_cost:theta=high")
+    for text in ("marginal_cost:theta=-1", "marginal_cost:theta=nan"):
+        with pytest.raises(InvalidInput, match="out of range; use a number >= 0"):
+            parse_policy(text)
+    for text in ("random:seed=1", "almanac:table=1", "random:theta=1"):
+        with pytest.raises(InvalidInput, match="has no parameter .*; known: none"):
+            parse_policy(text)
     assert parse_policy("marginal_cost:theta=2") == ("marginal_cost", {"theta": 2.0})
