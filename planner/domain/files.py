@@ -113,8 +113,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises
     ------
     InvalidInput
-        If the folder cannot be created or written to.
+        If ``path`` is a folder, or its folder cannot be created or written to.
     """
+    if path.is_dir():
+        raise InvalidInput("it is a folder", where=str(path), remedy="name a file inside it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -18,11 +18,13 @@ branch   run_id, workflow_hash, branch, outcome, visit, time_s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from planner.domain.check import number
 from planner.domain.errors import TraceFormatError
 from planner.domain.files import atomic_write, read_jsonl
 
@@ -165,7 +167,8 @@ def record_from_json(raw: Any, where: str) -> TraceRecord:
     Raises
     ------
     TraceFormatError
-        If the type is unknown, a field is missing or a time is not a number.
+        If the type is unknown, a field is missing, a time is not a finite number or a count of
+        tokens is below 0.
     """
     kind = _TYPES.get(raw.get("type", "")) if isinstance(raw, dict) else None
     if kind is None:
@@ -174,14 +177,13 @@ def record_from_json(raw: Any, where: str) -> TraceRecord:
             where=where,
             remedy=f"use one of {', '.join(_TYPES)}",
         )
-    known = {one.name for one in fields(kind)}
+    known = {one.name: one.default for one in fields(kind)}
     values = {name: value for name, value in raw.items() if name in known}
     for name, value in values.items():
-        numeric = name.endswith(("_s", "_tokens", "_us"))
-        if numeric and not (value is None or isinstance(value, (int, float))):
-            raise TraceFormatError(
-                f"{value!r:.40} is not a number", where=f"{where}: {name}", remedy="correct it"
-            )
+        if not name.endswith(("_s", "_tokens", "_us")) or (value is None and known[name] is None):
+            continue
+        least = 0.0 if name.endswith("_tokens") else -math.inf
+        number(value, f"{where}: {name}", least=least, kind=TraceFormatError)
     try:
         return kind(**values)
     except TypeError as error:
@@ -203,8 +205,8 @@ def load_trace(path: Path) -> list[TraceRecord]:
     """
     records: list[TraceRecord] = []
     header_seen = False
-    for number, raw in read_jsonl(path, what="trace"):
-        where = f"{path}:{number}"
+    for line, raw in read_jsonl(path, what="trace"):
+        where = f"{path}:{line}"
         if not header_seen:
             if not isinstance(raw, dict) or raw.get("schema") != TRACE_SCHEMA:
                 raise TraceFormatError(

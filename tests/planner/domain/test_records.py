@@ -292,6 +292,9 @@ def test_trace_round_trip(tmp_path: Path) -> None:
         ('{"type": "walk"}', r"t\.jsonl:2.*'walk'"),
         ('{"type": "tool", "run_id": "r"}', r"t\.jsonl:2.*finish_s.*is missing"),
         ('{"type": "tool", "start_s": "soon"}', r"t\.jsonl:2: start_s.*'soon' is not a number"),
+        ('{"type": "tool", "start_s": null}', r"t\.jsonl:2: start_s: None is not a number"),
+        ('{"type": "tool", "start_s": NaN}', r"t\.jsonl:2: start_s: nan is not a number"),
+        ('{"type": "call", "output_tokens": -4}', r"t\.jsonl:2: output_tokens: -4 is not a num"),
     ],
 )
 def test_bad_trace_rows_name_file_line_and_field(tmp_path: Path, line: str, message: str) -> None:
@@ -340,6 +343,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"j:1:2"):
         read_json(tmp_path / "j", what="plan")
     with pytest.raises(InvalidInput, match="cannot write there"), atomic_write(Path("/proc/x/y")):
+        pass
+    with pytest.raises(InvalidInput, match="it is a folder"), atomic_write(tmp_path):
         pass
 
 
