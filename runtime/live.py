@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -27,13 +29,59 @@ from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 
-__all__ = ["LiveServers", "app_environment", "drive"]
+__all__ = ["LiveServers", "app_environment", "check_ports", "drive"]
 
 _START_LIMIT_S = 60.0
 _STOP_LIMIT_S = 15.0
 _BAD_INPUT = 2
 """Exit code of our commands for a user's mistake."""
+_LOOPBACK = ("127.0.0.1", "localhost")
 _KEY_VARIABLE = "ALMANAC_ADMIN_KEY"
+
+
+def check_ports(fleet: Fleet, fleet_file: Path, port: int) -> None:
+    """Check that the mock endpoints and the gateway can listen where they are asked to.
+
+    Without it a server that happens to listen there already would answer in their place, and be
+    measured.
+
+    Parameters
+    ----------
+    port
+        Of the gateway.
+
+    Raises
+    ------
+    InvalidInput
+        If an endpoint has no address on this machine, or a port is taken.
+    """
+    wanted: list[tuple[str, int]] = []
+    for endpoint in fleet.endpoints:
+        where = f"{fleet_file}: worker {endpoint.id!r}: url"
+        url = urlsplit(endpoint.url or "")
+        if url.hostname not in _LOOPBACK:
+            raise InvalidInput(
+                f"{endpoint.url or 'none'} is not on this machine",
+                where=where,
+                remedy="mock endpoints are started there: use http://127.0.0.1:PORT",
+            )
+        wanted.append((where, url.port or 80))
+    wanted.append(("--port", port))
+    with contextlib.ExitStack() as opened:
+        for where, number in wanted:
+            # All stay open until the last is tried, so that a port named twice is found, too.
+            one = opened.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind(("127.0.0.1", number))
+                one.listen()
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or "a port is at most 65535"
+                raise InvalidInput(
+                    f"port {number} cannot be used ({reason})",
+                    where=where,
+                    remedy="stop what uses it, or name another port",
+                ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +105,10 @@ class LiveServers:
         Model seconds per wall second, the same in mocks and gateway.
     stream_interval
         Tokens per streamed chunk.
+    noise_cv
+        Coefficient of variation of the mocks' step times, >= 0.
+    seed
+        Of the mocks' answers and noise.
     gateway_arguments
         Further arguments of `almanac serve`.
     folder
@@ -64,6 +116,8 @@ class LiveServers:
 
     Raises
     ------
+    InvalidInput
+        If a process refuses its arguments or ports.
     EndpointFailed
         If a process ends or does not answer in time; the message holds the end of its log.
     """
