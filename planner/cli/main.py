@@ -1,8 +1,8 @@
 """`almanac`: finds the command, loads its module alone, and turns errors into exit codes.
 
 Exit codes: 0 success; 1 failure; 2 bad input (also a wrong option); 130 interrupted; 141 the
-reader of the output went away (128 + SIGPIPE, as other tools). Results go to stdout, progress and
-errors to stderr.
+reader of the output went away, 129 hung up, 143 terminated (128 + the signal, as other tools).
+Results go to stdout, progress and errors to stderr.
 
 Each command lives in ``planner.cli.<name>`` and has ``register(subparsers)``, which adds its
 parser, and ``run(args) -> int``. Only the module of the command in use is imported, so help is
@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     debug = False
     try:
+        _end_in_order()
         command = _command(words)
         module = None if command is None else _module(command)
         parser = _parser(command, module)
@@ -78,6 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidInput) else 1
     return code
+
+
+def _end_in_order() -> None:
+    """Let SIGTERM and SIGHUP unwind the program, so that the processes it has started end, too."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup, nor where a host has one
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _command(words: Sequence[str]) -> str | None:

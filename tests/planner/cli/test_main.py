@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ class Probe(ModuleType):
         }
         if args.deed in deeds:
             raise deeds[args.deed]
+        if args.deed.startswith("SIG"):
+            signal.raise_signal(signal.Signals[args.deed])
         sys.stdout.write("done\n")
         return 0 if args.deed == "well" else 1
 
@@ -68,6 +71,17 @@ def test_debug_shows_the_traceback(words: list[str]) -> None:
     """With --debug, before or after the command, the error itself comes through."""
     with pytest.raises(InvalidInput):
         cli.main(words)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_unwind_the_program(name: str, code: int) -> None:
+    """A plain end by signal leaves through every clean-up, so nothing started is left behind."""
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert cli.main(["plan", name]) == code
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_bug_is_not_dressed_up() -> None:
