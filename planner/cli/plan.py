@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner.cli.checks import at_least, out_file
 from planner.domain.estimates import EstimateTable, load_estimates
 from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.plan import save_plan
@@ -104,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
     """Plan, check, print and write; return 0, or 1 if the checker rejects the plan."""
     from planner.solve.solver import Budget, solve_plan  # OR-Tools takes a second to load
 
+    at_least(args, seed=0)
+    out_file(args.out, "--out")
+    out_file(args.table, "--table")
     workflow = load_workflow(args.workflow)
     fleet = load_fleet(args.fleet)
     estimates = load_estimates(args.estimates)

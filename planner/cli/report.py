@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from planner.cli.checks import out_file
 from planner.report.comparison import compare
 from planner.report.results import load_results
 from planner.report.terminal import results_table
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the report, print the table, return 0."""
     from planner.report.html import write_report  # matplotlib takes half a second to load
 
+    out_file(args.out, "--out")
     results = load_results(args.folder)
     print(f"report: drawing {len(results.policies)} policies", file=sys.stderr, flush=True)
     out = write_report(args.folder, args.out or args.folder / "report.html")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.cli.checks import at_least, keep_copy, out_folder
 from planner.cli.compare import (
     add_comparison_arguments,
     policy_setups,
@@ -86,22 +87,15 @@ def run(args: argparse.Namespace) -> int:
     from planner.report.terminal import results_table
     from runtime.langgraph import demo
     from runtime.langgraph.ir import workflow_ir
+    from runtime.live import check_ports
 
-    for name in ("rate", "runs", "seeds", "dilation", "stream_interval", "jobs", "tuning_seeds"):
-        if not getattr(args, name) > 0:
-            raise InvalidInput(
-                f"{getattr(args, name)!r} is too small",
-                where=f"--{name.replace('_', '-')}",
-                remedy="use a number above 0",
-            )
+    at_least(
+        args, rate=1e-9, runs=1, seeds=1, dilation=1e-9, stream_interval=1, port=1, noise_cv=0,
+        simulated_runs=1, simulated_seeds=1, jobs=1, tuning_seeds=1,
+    )  # fmt: skip
+    out_folder(args.out, "--out")
     fleet = load_fleet(args.fleet)
-    for endpoint in fleet.endpoints:
-        if endpoint.url is None:
-            raise InvalidInput(
-                f"worker {endpoint.id!r} has no url",
-                where=str(args.fleet),
-                remedy="give it an address on loopback",
-            )
+    check_ports(fleet, args.fleet, args.port)
     workflow = Workflow.from_json(workflow_ir(demo.app()), where="demo app")
     truth = load_estimates(args.truth).workflows.get(workflow.content_hash)
     if truth is None:
@@ -140,8 +134,10 @@ def run(args: argparse.Namespace) -> int:
         "noise_cv": args.noise_cv,
         "tuned": not args.no_tune,
     }
+    # Results of an earlier run would not belong to what is written from here on.
+    (args.out / "results.json").unlink(missing_ok=True)
     save_workflow(workflow, args.out / "workflow.json")
-    shutil.copyfile(args.fleet, args.out / "fleet.yaml")
+    keep_copy(args.fleet, args.out / "fleet.yaml")
     for setup in setups:
         if setup.table is not None:
             save_table(setup.table, args.out / "table.json")

@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+from planner.cli.checks import at_least
 from planner.dispatch.policies import POLICIES
 from planner.dispatch.table import load_table
 from planner.domain.errors import InvalidInput
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from runtime.control import Control
     from runtime.gateway import Gateway
 
+    at_least(args, seed=0)
     if not 0 <= args.port <= 65535:
         raise InvalidInput(f"{args.port}", where="--port", remedy="use a number from 0 to 65535")
     control = Control(

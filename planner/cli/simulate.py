@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.cli.checks import at_least, keep_copy, out_folder
 from planner.cli.compare import (
     add_comparison_arguments,
     policy_setups,
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         save_results(results, args.out)
         save_workflow(work.workflow, args.out / "workflow.json")
-        shutil.copyfile(args.fleet, args.out / "fleet.yaml")
+        keep_copy(args.fleet, args.out / "fleet.yaml")
         for setup in setups:
             if setup.table is not None:
                 save_table(setup.table, args.out / "table.json")
@@ -205,6 +205,13 @@ def _check(args: argparse.Namespace) -> None:
             "give either --workflow or --agents",
             where="simulate",
             remedy="--workflow w.json --truth t.json, or --agents miniswe --traces FOLDER",
+        )
+    ignored = [name for name in ("truth", "estimates", "table") if getattr(args, name)]
+    if args.agents and ignored:
+        raise InvalidInput(
+            f"--{ignored[0]} goes with --workflow, not with --agents",
+            where="simulate",
+            remedy="leave it out: recorded agents are learned from and planned for as they are",
         )
     if args.workflow and not args.truth:
         raise InvalidInput(
@@ -222,16 +229,12 @@ def _check(args: argparse.Namespace) -> None:
     if args.rate is None and (args.arrivals not in _NO_RATE or plans):
         what = "almanac's plan needs" if plans else f"{args.arrivals} arrivals need"
         raise InvalidInput(f"{what} a rate", where="--rate", remedy="give the mean runs per second")
-    least = {"runs": 1, "seeds": 1, "tuning_seeds": 1, "jobs": 1, "noise_cv": 0.0}
-    if args.rate is not None:
-        least["rate"] = 1e-9
-    for name, bound in least.items():
-        if not getattr(args, name) >= bound:
-            raise InvalidInput(
-                f"{getattr(args, name)!r} is too small",
-                where=f"--{name.replace('_', '-')}",
-                remedy=f"use at least {bound:g}",
-            )
+    at_least(
+        args, runs=1, seeds=1, tuning_seeds=1, jobs=1, rate=1e-9, noise_cv=0, dispatch_ms=0,
+        clients=1, think_s=0, burst_cv=1e-3, max_calls=1, max_prompt_tokens=1,
+        max_output_tokens=1, max_gap=0,
+    )  # fmt: skip
+    out_folder(args.out, "--out")
 
 
 def _sampled(args: argparse.Namespace, fleet: Fleet) -> _Work:

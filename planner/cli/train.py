@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from planner.cli.checks import at_least, out_folder
+
 __all__ = ["register", "run"]
 
 
@@ -56,6 +58,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Train, print the results, return 0."""
     from models.training import train  # scikit-learn takes a second to load
+
+    at_least(args, seed=0)
+    out_folder(args.out, "--out")
 
     def progress(line: str) -> None:
         print(f"train: {line}", file=sys.stderr, flush=True)
