@@ -112,6 +112,10 @@ class Evaluation:
         """Return the bars as JSON-ready rows."""
         return [asdict(one) for one in self.bars]
 
+    def curves_json(self) -> list[dict[str, Any]]:
+        """Return the curves as JSON-ready rows."""
+        return [asdict(one) for one in self.curves]
+
     def text(self) -> str:
         """Return the bars as an aligned table."""
         state = {True: "holds", False: "MISSED", None: ""}
@@ -671,10 +675,9 @@ def _logs(dataset: Dataset, rows: pd.DataFrame, report: _Report) -> None:
 
 
 def _scatter(name: str, predicted: Floats, observed: Floats) -> Curve:
-    step = max(1, len(observed) // 1500)
     return Curve(
         kind="latency",
         name=name,
-        promised=tuple(map(float, predicted[::step])),
-        observed=tuple(map(float, observed[::step])),
+        promised=tuple(map(float, predicted)),
+        observed=tuple(map(float, observed)),
     )

@@ -86,8 +86,8 @@ def mine_workflow(
                 follows[previous][node] += 1
                 gaps[node].append(call.gap_s)
             previous = node
-        assert previous is not None  # a session has at least one call
-        follows[previous][_END_OUTCOME] += 1
+        if previous is not None:
+            follows[previous][_END_OUTCOME] += 1
     static = static_tokens(sessions)
     nodes = [Node(id=_ARRIVE, kind="router")]
     edges = [(START, _ARRIVE)]

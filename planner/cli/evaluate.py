@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from planner.domain.errors import InvalidInput
@@ -31,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         metavar="PATH",
         help="a trace file, a dataset folder, or a folder that holds some of either "
-        f"(default: the folder named by {DATA_VARIABLE})",
+        f"(default: the folder named by {DATA_VARIABLE}; without either, only what needs no data)",
     )
     parser.add_argument(
         "--artifacts", type=Path, metavar="FOLDER", help="judge the predictors saved here"
@@ -49,21 +50,28 @@ def run(args: argparse.Namespace) -> int:
     traces = args.traces
     if traces is None and os.environ.get(DATA_VARIABLE):
         traces = Path(os.environ[DATA_VARIABLE])
-    if traces is None:
-        raise InvalidInput(
-            "no data named",
-            where="--traces",
-            remedy=f"give a folder, or name one in {DATA_VARIABLE}",
-        )
     if args.artifacts is not None and not args.artifacts.is_dir():
         raise InvalidInput(
             "no such folder", where=str(args.artifacts), remedy="make it with `almanac train`"
         )
-    from models.evaluate import evaluate  # scikit-learn takes a second to load
+    # scikit-learn takes a second to load.
+    from models.evaluate import Evaluation, evaluate
+    from planner.cli.self_check import self_bars
 
     def progress(line: str) -> None:
         print(f"evaluate: {line}", file=sys.stderr, flush=True)
 
-    found = evaluate(traces, artifacts=args.artifacts, seed=args.seed, progress=progress)
+    found = Evaluation(bars=())
+    if traces is None:
+        progress(f"no data named (--traces or {DATA_VARIABLE}): only what needs none")
+    else:
+        found = evaluate(traces, artifacts=args.artifacts, seed=args.seed, progress=progress)
+    if args.artifacts is None:
+        found = replace(found, bars=(*found.bars, *self_bars(args.seed, progress)))
+    if args.out is not None:
+        from planner.report.model_page import write_model_page
+
+        for path in write_model_page(found.to_json(), found.curves_json(), args.out):
+            progress(f"wrote {path}")
     print(json.dumps(found.to_json(), indent=1) if args.json else found.text())
     return 0

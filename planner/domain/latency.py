@@ -64,6 +64,48 @@ class LatencyRow:
                     remedy="see data/latency_rows.csv for usual sizes",
                 )
 
+    @classmethod
+    def roofline(
+        cls,
+        *,
+        weight_gb: float,
+        parameters_b: float,
+        kv_kb_per_token: float,
+        bandwidth_gb_s: float,
+        tflops: float,
+        efficiency: float = 0.6,
+    ) -> LatencyRow:
+        """Return the row that a GPU's data sheet promises, for an endpoint nothing is known of.
+
+        Parameters
+        ----------
+        weight_gb, parameters_b
+            Weights as stored, GB, and active parameters, billions; over all GPUs.
+        kv_kb_per_token
+            KV cache of one token, kB.
+        bandwidth_gb_s, tflops
+            Memory bandwidth, GB/s, and dense compute, TFLOP/s; summed over the GPUs.
+        efficiency
+            Share of both that is reached, in (0, 1].
+
+        Notes
+        -----
+        A step reads all weights and each context once; a token costs two operations per
+        parameter. The quadratic term is left to be learned. Off by up to a factor of two; meant
+        to be corrected by `planner.dispatch.online`.
+        """
+        read_s = 1.0 / (bandwidth_gb_s * 1e9 * efficiency)
+        token_s = 2e9 * parameters_b / (tflops * 1e12 * efficiency)
+        step_ms = weight_gb * 1e9 * read_s * 1e3
+        return cls(
+            prefill_base_ms=step_ms,
+            prefill_us_per_token=token_s * 1e6,
+            prefill_ns_per_token_sq=0.0,
+            decode_base_ms=step_ms,
+            decode_us_per_call=token_s * 1e6,
+            decode_ns_per_kv_token=kv_kb_per_token * 1e3 * read_s * 1e9,
+        )
+
     def scaled(self, factor: float, *, prefill: float = 1.0, decode: float = 1.0) -> LatencyRow:
         """Return the row ``factor`` times slower, a to c ``prefill`` and d to f ``decode`` times.
 

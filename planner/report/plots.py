@@ -42,6 +42,7 @@ __all__ = [
     "forecasts_of",
     "latency_bars",
     "latency_cdfs",
+    "new_figure",
     "predicted_vs_actual",
     "run_gantt",
     "table_heatmaps",
@@ -90,7 +91,8 @@ def _plain_number(value: float, _: object) -> str:
     return f"{value:g}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, laid out by constraints."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -113,7 +115,7 @@ def latency_cdfs(curves: Mapping[str, Sequence[float]]) -> Figure:
     if not shown:
         raise InvalidInput("no run ended well", where="CDF", remedy="give finished runs")
     with rc_context(STYLE):
-        figure = _figure(7.2, 4.2)
+        figure = new_figure(7.2, 4.2)
         axes = figure.subplots()
         for position, (label, values) in enumerate(shown.items()):
             share = np.arange(1, values.size + 1) / values.size
@@ -156,7 +158,7 @@ def latency_bars(table: ComparisonTable) -> Figure:
     where = {column.metric: position for position, column in enumerate(COLUMNS)}
     labels = [row.label for row in table.rows]
     with rc_context(STYLE):
-        figure = _figure(10.4, 0.9 + 0.4 * len(labels))
+        figure = new_figure(10.4, 0.9 + 0.4 * len(labels))
         panels = figure.subplots(1, len(COMPARED), sharey=True)
         for number, (axes, metric) in enumerate(zip(panels, COMPARED, strict=True)):
             values = [row.values[where[metric]] for row in table.rows]
@@ -257,7 +259,7 @@ def predicted_vs_actual(panels: Mapping[str, Sequence[Forecast]]) -> Figure:
             "no forecast in the traces", where="predicted against actual", remedy="none to draw"
         )
     with rc_context(STYLE):
-        figure = _figure(4.9 * len(kept), 4.8)
+        figure = new_figure(4.9 * len(kept), 4.8)
         for axes, (heading, series) in zip(
             np.atleast_1d(figure.subplots(1, len(kept))), kept.items(), strict=True
         ):
@@ -330,7 +332,7 @@ def run_gantt(panels: Sequence[tuple[str, Sequence[TraceRecord]]], run_id: str) 
     span_s = max(one.finish_s for part in rows for one in part)
     heights = [len(part) + 1.6 for part in rows]
     with rc_context(STYLE):
-        figure = _figure(9.6, 0.9 + 0.235 * sum(heights))
+        figure = new_figure(9.6, 0.9 + 0.235 * sum(heights))
         stack = figure.subplots(len(rows), 1, sharex=True, height_ratios=heights, squeeze=False)
         for axes, (label, _), part in zip(stack[:, 0], panels, rows, strict=True):
             for number, one in enumerate(part):
@@ -473,7 +475,7 @@ def table_heatmaps(table: DispatchTable, workflow_hash: str | None = None) -> Fi
     across = min(2, buckets)
     down = math.ceil(buckets / across)
     with rc_context(STYLE):
-        figure = _figure(
+        figure = new_figure(
             1.6 + across * (0.6 + 0.86 * len(table.endpoints)), down * (0.8 + 0.42 * len(sites))
         )
         panels = figure.subplots(down, across, squeeze=False).flatten()
@@ -540,7 +542,9 @@ def workflow_graph(workflow: Workflow) -> Figure:
     joined = {(source, one.target) for one in workflow.joins for source in one.sources}
     outcomes = _edge_outcomes(workflow)
     with rc_context(STYLE):
-        figure = _figure(max(6.0, 0.78 * _X * layout.layers), max(2.4, 0.78 * (top - bottom) + 0.6))
+        figure = new_figure(
+            max(6.0, 0.78 * _X * layout.layers), max(2.4, 0.78 * (top - bottom) + 0.6)
+        )
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set_xlim(-0.8, (layout.layers - 1) * _X + 0.8)
