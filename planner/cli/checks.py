@@ -10,8 +10,9 @@ from pathlib import Path
 
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write
+from planner.domain.fleet import Fleet
 
-__all__ = ["at_least", "keep_copy", "out_file", "out_folder"]
+__all__ = ["addresses", "at_least", "keep_copy", "out_file", "out_folder"]
 
 
 def at_least(args: argparse.Namespace, **least: float) -> None:
@@ -29,6 +30,23 @@ def at_least(args: argparse.Namespace, **least: float) -> None:
                 f"{value!r} is out of range",
                 where=f"--{name.replace('_', '-')}",
                 remedy=f"use a finite number of at least {bound:g}",
+            )
+
+
+def addresses(fleet: Fleet, file: Path) -> None:
+    """Check that each endpoint of a fleet file has an address.
+
+    Raises
+    ------
+    InvalidInput
+        If one has none; only planning and simulation can do without.
+    """
+    for position, endpoint in enumerate(fleet.endpoints):
+        if endpoint.url is None:
+            raise InvalidInput(
+                f"worker {endpoint.id!r} has no address",
+                where=f"{file}: workers[{position}].url",
+                remedy="add url: http://host:port",
             )
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+from planner.cli.checks import addresses, at_least
 from planner.domain.errors import InvalidInput
 from planner.domain.faults import load_faults
 from planner.domain.fleet import Fleet, load_fleet
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     # Loads the HTTP library, which the other commands do not need.
     from runtime.mock.server import MockConfig, MockFleet
 
+    at_least(args, seed=0)
     config = MockConfig(
         dilation=args.dilation,
         stream_interval=args.stream_interval,
@@ -125,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         kv_load_failure_policy=args.kv_load_failure_policy,
     )
     fleet = load_fleet(args.fleet)
+    addresses(fleet, args.fleet)
     mock = MockFleet(fleet, config, faults=load_faults(args.fleet), host=args.host)
 
     async def serve() -> list[dict[str, object]]:

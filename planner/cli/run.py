@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     estimates = load_estimates(args.estimates)
     table = load_table(args.table) if args.table else None
     if table is not None:
-        table.check_fleet(fleet)
+        table.check_fleet(fleet, str(args.table))
     setups = policy_setups(args.policies, table)
     forecaster = Forecaster(estimates, [workflow])
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from planner.cli.checks import at_least
+from planner.cli.checks import addresses, at_least
 from planner.dispatch.policies import POLICIES
 from planner.dispatch.table import load_table
 from planner.domain.errors import InvalidInput
@@ -92,12 +92,17 @@ def run(args: argparse.Namespace) -> int:
     at_least(args, seed=0)
     if not 0 <= args.port <= 65535:
         raise InvalidInput(f"{args.port}", where="--port", remedy="use a number from 0 to 65535")
+    fleet = load_fleet(args.fleet)
+    addresses(fleet, args.fleet)
+    table = load_table(args.table) if args.table else None
+    if table is not None:
+        table.check_fleet(fleet, str(args.table))
     control = Control(
-        load_fleet(args.fleet),
+        fleet,
         estimates=load_estimates(args.estimates) if args.estimates else None,
         workflows=[load_workflow(path) for path in args.workflow],
         policy=args.policy,
-        table=load_table(args.table) if args.table else None,
+        table=table,
         config=GatewayConfig(
             dilation=args.dilation, seed=args.seed, admin_key=_admin_key(args.admin_key_env)
         ),

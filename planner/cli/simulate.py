@@ -250,7 +250,7 @@ def _sampled(args: argparse.Namespace, fleet: Fleet) -> _Work:
         )
     table = load_table(args.table) if args.table else None
     if table is not None:
-        table.check_fleet(fleet)
+        table.check_fleet(fleet, str(args.table))
     return _Work(
         workflow=workflow,
         estimates=estimates,

@@ -244,13 +244,16 @@ class DispatchTable:
             )
         return table
 
-    def check_fleet(self, fleet: Fleet) -> None:
-        """Raise `InvalidInput` unless the table was compiled for this fleet."""
+    def check_fleet(self, fleet: Fleet, where: str = "table") -> None:
+        """Raise `InvalidInput` unless the table was compiled for this fleet.
+
+        ``where`` names the table in the error, best by its file.
+        """
         if self.fleet_hash != fleet.content_hash():
             raise InvalidInput(
                 f"the table was compiled for another fleet ({self.fleet_hash}, with endpoints "
                 f"{', '.join(self.endpoints)}) than {fleet.name!r} ({fleet.content_hash()})",
-                where="table",
+                where=where,
                 remedy="run `almanac plan` for this fleet",
             )
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from planner.cli.checks import at_least, keep_copy, out_file, out_folder
+from planner.cli.checks import addresses, at_least, keep_copy, out_file, out_folder
 from planner.domain.errors import InvalidInput
+from planner.domain.fleet import load_fleet
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, math.nan, math.inf])
@@ -54,3 +55,11 @@ def test_a_file_is_not_copied_onto_itself(tmp_path: Path) -> None:
     keep_copy(source, target)
     keep_copy(target, target)
     assert target.read_text() == "x"
+
+
+def test_missing_addresses_are_named_by_file_and_field() -> None:
+    """A fleet for simulation alone cannot be served."""
+    fleets = Path(__file__).resolve().parents[3] / "data" / "fleets"
+    addresses(load_fleet(fleets / "demo.yaml"), fleets / "demo.yaml")
+    with pytest.raises(InvalidInput, match=r"f.yaml: workers\[0\].url: .* has no address; add"):
+        addresses(load_fleet(fleets / "measured.yaml"), Path("f.yaml"))
