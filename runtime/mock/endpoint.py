@@ -311,21 +311,30 @@ class MockEndpoint:
                     return await self._stream(http, call)
                 return await self._whole(call)
             finally:
-                for answer in call.bell.answers:
-                    own = answer.request.request_id
-                    self._calls.pop(own, None)
-                    pull = self._pulls.get(own)
-                    if pull is not None:
-                        pull.cancel()
-                    paced.drop(answer)
-                    if answer.finish_reason is None:
-                        if call.source is not None:
-                            self._exchange.give_up(*call.source)
-                        reason = "error" if answer.dead else "abort"
-                        metrics.ended(answer.request, reason, self.clock.now_s())
+                # Of the process that took it: there may be another by now.
+                self._leave(call, paced, metrics)
         finally:
             self.load -= 1
             metrics.left(lora)
+
+    def _leave(self, call: _Call, paced: PacedEngine, metrics: EngineMetrics) -> None:
+        """Give back all that a request took, whether it ended or not."""
+        for answer in call.bell.answers:
+            own = answer.request.request_id
+            self._calls.pop(own, None)
+            pull = self._pulls.get(own)
+            if pull is not None:
+                pull.cancel()
+            paced.drop(answer)
+            if answer.finish_reason is not None:
+                if call.source is not None:
+                    # Also if nothing was pulled, because all of it was here.
+                    self._exchange.done(*call.source)
+                continue
+            if call.source is not None:
+                self._exchange.give_up(*call.source)
+            reason = "error" if answer.dead else "abort"
+            metrics.ended(answer.request, reason, self.clock.now_s())
 
     def _refuse_by_fault(self) -> None:
         if self.draining:
@@ -393,9 +402,9 @@ class MockEndpoint:
 
     async def _stream(self, http: web.Request, call: _Call) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": _SSE, "Cache-Control": "no-cache"})
-        await response.prepare(http)  # headers go out before the first token, as vLLM's do
         # A client that has left, or a fault that has torn the connection, is no error here.
         with suppress(ConnectionResetError):
+            await response.prepare(http)  # headers go out before the first token, as vLLM's do
             await self._write_chunks(response, call)
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 
@@ -12,6 +13,7 @@ from runtime.transport import bind_problem
 
 __all__ = ["Port"]
 
+_ACCEPT_TURNS = 4
 _RESET = struct.pack("ii", 1, 0)  # linger for no time: closing sends RST
 
 
@@ -73,6 +75,10 @@ class Port:
         site, self._site = self._site, None
         if site is not None:
             await site.stop()
+            # Connections accepted a moment ago get their transport in the next turns of the loop;
+            # whoever hangs up after this must not miss them.
+            for _ in range(_ACCEPT_TURNS):
+                await asyncio.sleep(0)
 
     def finish(self) -> None:
         """Let each connection end with the answer under way, or now."""

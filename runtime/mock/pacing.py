@@ -239,7 +239,10 @@ class PacedEngine:
         name = answer.request.request_id
         self._remote.discard(name)
         if self._answers.pop(name, None) is not None:
-            self.alter(lambda engine, now_s: engine.abort(name, now_s))
+            # Its last step may be done and not yet handed out; then it may have kept its blocks.
+            self.alter(
+                lambda engine, now_s: engine.abort(name, now_s) or engine.release(name, now_s)
+            )
             if not self._answers:
                 self._listener.stepped(0)
 
@@ -356,7 +359,8 @@ class PacedEngine:
             engine.unpin("", start_s)
         if planned_s <= start_s:
             for event in engine.advance(start_s):
-                if isinstance(event, PullStarted):
+                # Others than ours may take blocks in this way; see `runtime.mock.ballast`.
+                if isinstance(event, PullStarted) and event.request.request_id in self._remote:
                     name = event.request.request_id
                     self._remote.remove(name)
                     self._listener.pull(self._answers[name], event.tokens)

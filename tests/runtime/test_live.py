@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 from pathlib import Path
 
 import pytest
 
 from planner.domain.errors import InvalidInput
-from runtime.live import check_ports
+from planner.domain.run import RunSpec
+from runtime.live import app_environment, check_ports, drive
 
 FILE = Path("fleet.yaml")
 
@@ -60,3 +63,37 @@ def test_only_this_machine_gets_mock_endpoints(fleet_of, urls_of):
     fleet = fleet_at(fleet_of, urls_of, "http://10.0.0.5:8000")
     with pytest.raises(InvalidInput, match="'e0': url: http://10.0.0.5:8000 is not on this mach"):
         check_ports(fleet, FILE, free_ports(1)[0])
+
+
+async def test_failed_and_hanging_runs_are_counted_and_the_first_reason_kept():
+    """A run that raises or never ends is a failed one; the others are not touched by it."""
+    ended = []
+
+    async def launch(run):
+        if run.run_id == "bad":
+            raise ConnectionError("refused")
+        if run.run_id == "hangs":
+            await asyncio.Event().wait()
+        ended.append(run.run_id)
+
+    runs = [
+        RunSpec(run_id=name, workflow="w", workflow_hash="h", arrival_s=0.0, tasks=())
+        for name in ("good", "bad", "hangs")
+    ]
+    driven = await drive(launch, runs, dilation=1.0, limit_s=0.2)
+    assert ended == ["good"]
+    assert (driven.failed, driven.error) == (2, "ConnectionError: refused")
+    driven = await drive(launch, runs[:1], dilation=1.0, limit_s=5.0)
+    assert (driven.failed, driven.error) == (0, "")
+
+
+def test_no_proxy_stands_before_this_machine(monkeypatch):
+    """Whatever the proxy settings are, loopback is exempt while an app runs, and only then."""
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with app_environment():
+        assert os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
+        assert os.environ["no_proxy"] == "127.0.0.1,localhost"
+        assert os.environ["LANGSMITH_TRACING"] == "false"
+    assert os.environ["NO_PROXY"] == "example.org"
+    assert "no_proxy" not in os.environ
