@@ -27,9 +27,8 @@ import httpx
 from planner.domain.errors import EndpointFailed, InvalidInput
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
-from planner.domain.workflow import Workflow
 
-__all__ = ["LiveServers", "app_environment", "check_ports", "drive"]
+__all__ = ["Driven", "LiveServers", "app_environment", "check_ports", "drive"]
 
 _START_LIMIT_S = 60.0
 _STOP_LIMIT_S = 15.0
@@ -247,12 +246,6 @@ class LiveServers:
         """Close the present trace."""
         self.admin("trace", {"path": None})
 
-    def register(self, workflow: Workflow) -> None:
-        """Tell the gateway a workflow graph."""
-        self._http.post(
-            f"{self.url}/almanac/v1/workflows", json=workflow.to_json()
-        ).raise_for_status()
-
     def close(self) -> None:
         """Stop both processes, the gateway first."""
         self._http.close()
@@ -270,10 +263,12 @@ class LiveServers:
 
 @contextlib.contextmanager
 def app_environment() -> Iterator[None]:
-    """Keep the app's libraries from phoning home while it runs."""
-    names = ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "false"))
+    """Keep the app's libraries from phoning home, and calls to this machine from any proxy."""
+    wanted = dict.fromkeys(("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"), "false")
+    for name in ("NO_PROXY", "no_proxy"):
+        wanted[name] = ",".join(filter(None, (os.environ.get(name), *_LOOPBACK)))
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
@@ -284,13 +279,32 @@ def app_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driven:
+    """How the runs of one policy and seed went.
+
+    Parameters
+    ----------
+    failed
+        Runs that raised or were cut off.
+    error
+        What the first of them raised, in arrival order; empty if none did.
+    late_s
+        Largest lateness of a start, wall seconds.
+    """
+
+    failed: int
+    error: str
+    late_s: float
+
+
 async def drive(
     launch: Callable[[RunSpec], Any],
     runs: Sequence[RunSpec],
     *,
     dilation: float,
     limit_s: float,
-) -> tuple[int, float]:
+) -> Driven:
     """Start each run at its arrival and wait for all of them.
 
     Parameters
@@ -301,10 +315,6 @@ async def drive(
         Model seconds per wall second.
     limit_s
         Wall seconds after which what is left is cancelled and counted as failed.
-
-    Returns
-    -------
-    (failed runs, largest lateness of a start in wall seconds)
     """
     loop = asyncio.get_running_loop()
     start_s = loop.time() + 0.05
@@ -319,10 +329,14 @@ async def drive(
 
     tasks = [asyncio.create_task(one(run)) for run in runs]
     try:
-        _, pending = await asyncio.wait(tasks, timeout=limit_s)
+        await asyncio.wait(tasks, timeout=limit_s)
     finally:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-    failed = sum(isinstance(result, BaseException) for result in results)
-    return max(failed, len(pending)), late_s
+    errors = [result for result in results if isinstance(result, BaseException)]
+    return Driven(
+        failed=len(errors),
+        error=f"{type(errors[0]).__name__}: {errors[0]}"[:300] if errors else "",
+        late_s=late_s,
+    )

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from planner.cli.compare import (
 )
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import load_table, save_table
-from planner.domain.errors import InvalidInput
+from planner.domain.errors import EndpointFailed, InvalidInput
 from planner.domain.estimates import load_estimates
 from planner.domain.fleet import load_fleet
 from planner.domain.run import RunSpec
@@ -32,6 +32,9 @@ from planner.metrics import summarise
 from planner.report.results import PolicyResult, Results, SeedResult, save_results
 from planner.sim.experiment import PolicySetup
 from planner.sim.workload import poisson_arrivals, sampled_workload
+
+if TYPE_CHECKING:
+    from runtime.live import Driven
 
 __all__ = ["register", "run"]
 
@@ -222,14 +225,20 @@ def _live(
                 number += 1
                 name = f"traces/{setup.policy}-{seed}.jsonl"
                 servers.begin(_policy_text(setup), args.out / name)
-                failed, late_s = asyncio.run(_drive(args, servers.url, runs))
+                driven = asyncio.run(_drive(args, servers.url, runs))
                 servers.end()
+                if driven.failed == len(runs):
+                    raise EndpointFailed(
+                        f"every run under {setup.policy} failed, the first by {driven.error}; "
+                        f"see {args.out / 'logs'}"
+                    )
                 metrics = summarise(load_trace(args.out / name))
                 found[setup.policy].append(SeedResult(seed=seed, metrics=metrics, trace=name))
                 mean = "-" if metrics.mean_s is None else f"{metrics.mean_s:.2f} s"
                 progress(
                     f"[{number}/{total}] live {setup.policy} seed {seed}: mean run latency {mean}, "
-                    f"{failed} failed, starts late by at most {late_s * 1e3:.0f} ms"
+                    f"{driven.failed} failed{f' ({driven.error})' if driven.failed else ''}, "
+                    f"starts late by at most {driven.late_s * 1e3:.0f} ms"
                 )
     return tuple(
         PolicyResult(
@@ -247,7 +256,7 @@ def _policy_text(setup: PolicySetup) -> str:
     return f"{setup.policy}:{parameters}" if parameters else setup.policy
 
 
-async def _drive(args: argparse.Namespace, url: str, runs: Sequence[RunSpec]) -> tuple[int, float]:
+async def _drive(args: argparse.Namespace, url: str, runs: Sequence[RunSpec]) -> Driven:
     from runtime.langgraph import demo
     from runtime.langgraph.identity import aclose_clients, openai_client_kwargs
     from runtime.langgraph.instrument import instrument
