@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -48,7 +49,6 @@ class Pair:
 @pytest.fixture
 def pair_of(mock_of):
     """Return a factory: ``async with pair_of() as pair``."""
-    from contextlib import asynccontextmanager
 
     @asynccontextmanager
     async def make(**options):
