@@ -32,6 +32,7 @@ from models.importers.folder import read_folder
 from models.latency_pool import ADAPTATION_REQUESTS, LatencyPool
 from models.output_length import output_length_predictor
 from models.predictor import StepQuantilePredictor
+from models.sequences import END_SYMBOL, SequenceModel
 from models.tables import Dataset
 from models.tool_delay import tool_delay_predictor
 from planner.domain.calibration import adapted
@@ -213,6 +214,8 @@ def evaluate(
         if dataset.choices is not None:
             progress(f"judging next action of {dataset.name}")
             _choices(dataset, dataset.choices, saved, report)
+            if saved is None:
+                _sequences(dataset, dataset.choices, report)
         if dataset.requests is not None:
             progress(f"judging endpoint latency of {dataset.name}")
             began = clock()
@@ -535,6 +538,60 @@ def _choices(
         bar(f"{title}: top-3", float(np.mean(np.concatenate(top3))), "1"),
     ]
     report.curves.append(_reliability(title, np.array(forecast), np.array(happened)))
+
+
+def _sequences(dataset: Dataset, table: pd.DataFrame, report: _Report) -> None:
+    """Judge what a variable-order model makes of the sessions alone, the end included."""
+    known = pd.Series(True, index=table.index)
+    sequences = {
+        str(name): part["action"].where(part["action"] != "", part["site"]).tolist()
+        for name, part in table.groupby("session_id", sort=False)
+    }
+    family = table.groupby("session_id")["family"].first()
+    scores: dict[int, list[tuple[float, bool, bool]]] = {0: [], 1: [], 3: []}
+    for training, test in _parts(table, known, dataset):
+        fitting, judged = set(table.loc[training, "family"]), set(table.loc[test, "family"])
+        for order, into in scores.items():
+            model = SequenceModel(order).fit(
+                sequences[name] for name in sequences if family[name] in fitting - judged
+            )
+            for name in sequences:
+                if family[name] in judged:
+                    into += _followed(model, sequences[name])
+    if len(scores[3]) < 20:
+        return
+    loss = {order: log_loss(np.array([one[0] for one in into])) for order, into in scores.items()}
+    title = f"next step without a graph, {dataset.name}"
+    report.bars += [
+        bar(
+            f"{title}: log loss",
+            loss[3],
+            "nats",
+            most=round(loss[0], 4),
+            note=f"variable order up to 3; bar: the base rates; first order {loss[1]:.3f}",
+        ),
+        bar(
+            f"{title}: top-1",
+            float(np.mean([one[1] for one in scores[3]])),
+            "1",
+            note=f"majority {np.mean([one[1] for one in scores[0]]):.2f}",
+        ),
+        bar(f"{title}: top-3", float(np.mean([one[2] for one in scores[3]])), "1"),
+    ]
+
+
+def _followed(model: SequenceModel, sequence: list[str]) -> list[tuple[float, bool, bool]]:
+    """Return per step the probability of what came next, and whether it was first, or in three."""
+    out = []
+    known: dict[tuple[str, ...], tuple[dict[str, float], list[str]]] = {}
+    for place, symbol in enumerate([*sequence, END_SYMBOL]):
+        context = tuple(sequence[max(0, place - model.order) : place])
+        if context not in known or place < model.order:
+            chances = model.probabilities(sequence[:place])
+            known[context] = chances, sorted(chances, key=lambda one: (-chances[one], one))[:3]
+        chances, best = known[context]
+        out.append((chances.get(symbol, 0.0), symbol == best[0], symbol in best))
+    return out
 
 
 def _reliability(title: str, forecast: Floats, happened: npt.NDArray[np.bool_]) -> Curve:

@@ -1,9 +1,12 @@
 """A workflow graph learned from recorded agent sessions: who follows whom, and how often.
 
-Each call site of an agent becomes an ``llm`` node; after it one branch leads to what followed it
-in the log, by first-order counts, with the recorded gap as a tool node in front of the next call.
-A ``router`` node chooses the agent. Loop lengths follow from the branch that ends the session.
-Deeper contexts than the last call are the job of sequence models.
+Each state of an agent becomes an ``llm`` node; after it one branch leads to what followed it in the
+log, with the recorded gap as a tool node in front of the next call. A ``router`` node chooses the
+agent. Loop lengths follow from the branch that ends the session.
+
+By default a state is a call site and the counts are of first order. For agents without a graph
+(one call site in a loop) a state can also hold the action asked for before, and as many earlier
+symbols as change what comes next (`models.sequences`): a variable-order chain, as the same graph.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from models.importers import AgentSession
+from models.sequences import START_SYMBOL, SequenceModel
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import Quantiles, SiteEstimate, WorkflowEstimate
 from planner.domain.ids import NodeId, SiteId
 from planner.domain.workflow import END, START, Branch, CallSite, Node, Outcome, Workflow
 
-__all__ = ["mine_workflow", "static_tokens"]
+__all__ = ["mine_workflow", "session_symbols", "static_tokens"]
 
 _ARRIVE = NodeId("arrive")
 _END_OUTCOME = "end"
@@ -43,8 +47,40 @@ def static_tokens(sessions: Sequence[AgentSession]) -> dict[str, int]:
     return {source: int(0.8 * tokens) for source, tokens in sorted(shortest.items())}
 
 
+def session_symbols(session: AgentSession, *, actions: bool) -> list[str]:
+    """Return one symbol per call: its site, and with ``actions`` what was asked for before it."""
+    before = ["", *(call.next_action for call in session.calls[:-1])]
+    return [
+        site_node(session.source, f"{call.site}@{action}" if actions and action else call.site)
+        for call, action in zip(session.calls, before, strict=True)
+    ]
+
+
+def _states(symbols: Sequence[str], contexts: set[tuple[str, ...]], order: int) -> list[str]:
+    """Return the state of each call: the longest context worth one, written backwards in time."""
+    out = []
+    path = (START_SYMBOL, *symbols)
+    for place in range(1, len(path)):
+        length = next(
+            (
+                size
+                for size in range(min(order, place + 1), 1, -1)
+                if path[place + 1 - size : place + 1] in contexts
+            ),
+            1,
+        )
+        # Sources are the same all along; only the newest symbol needs to name it.
+        earlier = (one.split("/")[-1] for one in reversed(path[place + 1 - length : place]))
+        out.append(" < ".join([path[place], *earlier]))
+    return out
+
+
 def mine_workflow(
-    sessions: Sequence[AgentSession], *, name: str = "agents"
+    sessions: Sequence[AgentSession],
+    *,
+    name: str = "agents",
+    order: int = 1,
+    actions: bool = False,
 ) -> tuple[Workflow, WorkflowEstimate]:
     """Return the graph of a mixture of agents and its forecasts.
 
@@ -52,6 +88,10 @@ def mine_workflow(
     ----------
     sessions
         Training sessions, at least one; sources keep their shares.
+    order
+        Most symbols a state remembers, >= 1; longer ones are used where they say something new.
+    actions
+        Whether the action asked for before a call is part of its symbol.
 
     Raises
     ------
@@ -67,11 +107,12 @@ def mine_workflow(
     growth: dict[str, list[int]] = defaultdict(list)
     gaps: dict[str, list[float]] = defaultdict(list)
     sources: dict[str, str] = {}
-    for session in sessions:
+    symbols = [session_symbols(session, actions=actions) for session in sessions]
+    contexts = SequenceModel(order).fit(symbols).informative_contexts() if order > 1 else set()
+    for session, sequence in zip(sessions, symbols, strict=True):
         seen: dict[str, tuple[int, int]] = {}
         previous: str | None = None
-        for call in session.calls:
-            node = site_node(session.source, call.site)
+        for call, node in zip(session.calls, _states(sequence, contexts, order), strict=True):
             sources[node] = session.source
             outputs[node].append(call.output_tokens)
             if node in seen:

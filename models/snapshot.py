@@ -90,7 +90,8 @@ def fit_endpoints(
         if rows:
             skipped[reason] = skipped.get(reason, 0) + rows
 
-    for name, mine in calls.groupby("endpoint", sort=True):
+    timed = calls[calls["first_token_s"].notna() & calls["finish_s"].notna()]
+    for name, mine in timed.groupby("endpoint", sort=True):
         endpoint = endpoints.get(str(name))
         prior = endpoint.latency if endpoint else latency_rows()[ANCHOR_ROW]
         slots = endpoint.max_num_seqs if endpoint else np.inf

@@ -1,14 +1,19 @@
-"""Reader of our own traces (schema ``almanac.trace/1``)."""
+"""Reader of our own traces (schema ``almanac.trace/1``), and of foreign ones as if they were."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from models.features import steps
+from models.importers.foreign import load_any
 from models.tables import Dataset, SetAside, Sieve, file_hash, split_tail
 from planner.domain.trace import (
     BranchRecord,
@@ -56,7 +61,20 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
     InvalidInput, TraceFormatError
         If a file or a row cannot be read; the message names it.
     """
-    records = [load_trace(path) for path in paths]
+    records: list[Sequence[TraceRecord]] = []
+    foreign: list[SetAside] = []
+    for path in paths:
+        imported = load_any(path)
+        impossible: Counter[str] = Counter()
+        records.append(
+            load_trace(path, partial(_possible, impossible))
+            if imported is None
+            else imported.records
+        )
+        foreign += [
+            SetAside(table=path.name, reason=reason, rows=rows)
+            for reason, rows in (imported.left_out if imported else impossible).items()
+        ]
     runs = Sieve(_table(RunRecord, records), "run records")
     runs.reject(runs.frame["status"] != "ok", "run not ok")
     runs.require("arrival_s", 0, MAX_TIME_S)
@@ -64,16 +82,24 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
     runs.reject(runs.frame["finish_s"] < runs.frame["arrival_s"], "finish before arrival")
 
     calls = Sieve(_table(CallRecord, records), "call records")
-    calls.reject(calls.frame["status"] != "ok", "call not ok")
+    calls.reject(~calls.frame["status"].isin(["ok", "planned"]), "call not ok")
     named = calls.frame[["workflow_hash", "node", "site", "endpoint"]]
     calls.reject(named.isna().any(axis=1), "workflow, node, site or endpoint is missing")
     calls.require("visit", 0, 1e6)
     calls.require("in_flight", 0, 1e6)
     calls.require("prompt_tokens", 1, MAX_TOKENS)
     calls.require("output_tokens", 1, MAX_TOKENS)
-    for name in ("ready_s", "sent_s", "first_token_s", "finish_s"):
+    for name in ("ready_s", "sent_s"):
         calls.require(name, 0, MAX_TIME_S)
+    # What was asked for has lengths even where nothing tells how long the answer took.
+    for name in ("first_token_s", "finish_s"):
+        values = calls.frame[name]
+        calls.reject((values < 0) | (values > MAX_TIME_S), f"{name} outside [0, {MAX_TIME_S:g}]")
     times = calls.frame
+    untimed = int((times["first_token_s"].isna() | times["finish_s"].isna()).sum())
+    if untimed:
+        reason = "first_token_s or finish_s is missing (length used, latency not)"
+        foreign.append(SetAside(table="call records", reason=reason, rows=untimed))
     unordered = (
         (times["sent_s"] < times["ready_s"])
         | (times["first_token_s"] < times["sent_s"])
@@ -110,13 +136,15 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
         sieve.frame = sieve.frame.assign(held_out=sieve.frame["run"].isin(late_runs))
 
     parts = (runs, calls, tools, branches)
+    refused = sum(one.rows for one in foreign if one.table != "call records")
     set_aside: tuple[SetAside, ...] = tuple(one for part in parts for one in part.set_aside)
+    set_aside += tuple(foreign)
     delays, choices = _delay_steps(tools.frame), _choice_steps(branches.frame)
     return OwnTraces(
         dataset=Dataset(
             name="traces",
             split="last 30 % of the runs in time held out",
-            rows_read=sum(part.rows_read for part in parts),
+            rows_read=sum(part.rows_read for part in parts) + refused,
             set_aside=set_aside,
             data_hash=file_hash(*paths),
             window=f"{len(first)} runs in {len(paths)} traces",
@@ -129,6 +157,16 @@ def read_own_traces(paths: Sequence[Path]) -> OwnTraces:
         tools=tools.frame,
         branches=branches.frame,
     )
+
+
+def _possible(refused: Counter[str], row: Mapping[str, Any]) -> bool:
+    """Whether no count or time of a row is negative or not finite; counts those where one is."""
+    for name, value in row.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and name.endswith(_NUMERIC) and not 0 <= value < math.inf:
+            refused[f"{name} is negative or not finite"] += 1
+            return False
+    return True
 
 
 def _table(

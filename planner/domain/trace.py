@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -195,8 +195,12 @@ def record_from_json(raw: Any, where: str) -> TraceRecord:
         ) from error
 
 
-def load_trace(path: Path) -> list[TraceRecord]:
+def load_trace(
+    path: Path, keep: Callable[[Mapping[str, Any]], bool] | None = None
+) -> list[TraceRecord]:
     """Read a trace file.
+
+    ``keep`` sees each row that is an object before it is checked; rows it refuses are left out.
 
     Raises
     ------
@@ -216,7 +220,8 @@ def load_trace(path: Path) -> list[TraceRecord]:
                 )
             header_seen = True
             continue
-        records.append(record_from_json(raw, where))
+        if keep is None or not isinstance(raw, dict) or keep(raw):
+            records.append(record_from_json(raw, where))
     if not header_seen:
         raise TraceFormatError(
             "the file is empty", where=str(path), remedy="give a trace with a header line"
