@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx
 
@@ -265,8 +266,9 @@ class LiveServers:
 def app_environment() -> Iterator[None]:
     """Keep the app's libraries from phoning home, and calls to this machine from any proxy."""
     wanted = dict.fromkeys(("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"), "false")
-    for name in ("NO_PROXY", "no_proxy"):
-        wanted[name] = ",".join(filter(None, (os.environ.get(name), *_LOOPBACK)))
+    if getproxies().keys() - {"no"}:  # else langchain-openai warns of a proxy that is none
+        for name in ("NO_PROXY", "no_proxy"):
+            wanted[name] = ",".join(filter(None, (os.environ.get(name), *_LOOPBACK)))
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

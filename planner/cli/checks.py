@@ -18,6 +18,8 @@ __all__ = ["addresses", "at_least", "keep_copy", "out_file", "out_folder"]
 def at_least(args: argparse.Namespace, **least: float) -> None:
     """Check numeric options by name; one that was not given (None) passes.
 
+    A bound below 1e-6 stands for "above 0".
+
     Raises
     ------
     InvalidInput
@@ -29,7 +31,8 @@ def at_least(args: argparse.Namespace, **least: float) -> None:
             raise InvalidInput(
                 f"{value!r} is out of range",
                 where=f"--{name.replace('_', '-')}",
-                remedy=f"use a finite number of at least {bound:g}",
+                remedy="use a finite number "
+                + ("above 0" if 0 < bound < 1e-6 else f"of at least {bound:g}"),
             )
 
 

@@ -90,10 +90,15 @@ async def test_failed_and_hanging_runs_are_counted_and_the_first_reason_kept():
 def test_no_proxy_stands_before_this_machine(monkeypatch):
     """Whatever the proxy settings are, loopback is exempt while an app runs, and only then."""
     monkeypatch.setenv("NO_PROXY", "example.org")
-    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("no_proxy", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
     with app_environment():
         assert os.environ["NO_PROXY"] == "example.org,127.0.0.1,localhost"
         assert os.environ["no_proxy"] == "127.0.0.1,localhost"
         assert os.environ["LANGSMITH_TRACING"] == "false"
     assert os.environ["NO_PROXY"] == "example.org"
     assert "no_proxy" not in os.environ
+    monkeypatch.delenv("HTTP_PROXY")
+    with app_environment():
+        assert os.environ["NO_PROXY"] == "example.org"
