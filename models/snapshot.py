@@ -15,11 +15,13 @@ import numpy as np
 import pandas as pd
 
 from models.branching import visit_probabilities
+from models.calibration import conformal_offsets, shifted
 from models.endpoint_latency import call_design, fit_row, row_seconds
 from models.importers.own import OwnTraces
 from models.output_length import site_output_tokens
 from models.tool_delay import node_delay_s
 from planner.domain.estimates import (
+    LEVELS,
     EstimateTable,
     Quantiles,
     SiteEstimate,
@@ -151,6 +153,8 @@ def estimate_table(
     }
     keyed = {f"{workflow}/{site}": values for (workflow, site), values in samples.items()}
     outputs, pooled = site_output_tokens(keyed)
+    offsets = _length_offsets(own.calls)
+    outputs = {site: _promised(quantiles, offsets) for site, quantiles in outputs.items()}
     names = dict(zip(own.runs["workflow_hash"], own.runs["workflow"], strict=True))
     seen = {str(value) for value in (*own.calls["workflow_hash"], *own.runs["workflow_hash"])}
     table = EstimateTable()
@@ -179,6 +183,29 @@ def estimate_table(
     table = EstimateTable(workflows=rows, endpoints=dict(endpoints), default_site=default)
     content = json.dumps(table.to_json(), sort_keys=True)
     return replace(table, version=hashlib.sha256(content.encode()).hexdigest()[:12])
+
+
+def _length_offsets(calls: pd.DataFrame) -> np.ndarray:
+    """Return conformal offsets of site quantiles: fitted on earlier runs, scored on later ones."""
+    site = calls["workflow_hash"] + "/" + calls["site"]
+    late = calls["held_out"].astype(bool)
+    early, _ = site_output_tokens(
+        {
+            str(name): rows.tolist()
+            for name, rows in calls.loc[~late, "output_tokens"].groupby(site[~late])
+        }
+    )
+    known = late & site.isin(early)
+    return conformal_offsets(
+        np.array([early[name].values for name in site[known]]).reshape(-1, len(LEVELS)),
+        calls.loc[known, "output_tokens"].to_numpy(float),
+        LEVELS,
+    )
+
+
+def _promised(quantiles: Quantiles, offsets: np.ndarray) -> Quantiles:
+    values = shifted(np.array([quantiles.values]), offsets)[0]
+    return replace(quantiles, values=tuple(map(float, values)))
 
 
 def _sites(graph: Workflow | None) -> list[CallSite]:

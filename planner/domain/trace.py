@@ -13,6 +13,17 @@ call     see `CallRecord`
 tool     run_id, workflow_hash, node, start_s, finish_s, status
 branch   run_id, workflow_hash, branch, outcome, visit, time_s
 ======== =========================================================================
+
+Rules of the format
+-------------------
+* A reader ignores fields it does not know and takes defaults for fields with one, so a field may
+  be added without a new version; a new meaning or unit needs one (``almanac.trace/2``).
+* A row per attempt of a call, written when it ends; rows are in no particular order.
+* ``status`` is ``ok``, ``failed`` or ``cancelled``; imports of logs without latencies write
+  ``planned``: lengths are to be believed, times only say when the call was asked for.
+* Prompt and answer text never appear. Ids are free strings; ``workflow_hash`` is the content hash
+  of the graph where there is one.
+* Foreign logs are read as if they were in this format: see ``models/importers/foreign.py``.
 """
 
 from __future__ import annotations
