@@ -77,5 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report.card, indent=1))
     else:
         print(report.text())
+    for one in report.card["not_fitted"]:
+        progress(f"{one['table']}: {one['rows']} rows not used: {one['reason']}")
     print(f"train: wrote {len(report.files)} files to {args.out}", file=sys.stderr)
     return 0
