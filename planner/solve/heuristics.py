@@ -55,24 +55,27 @@ def least_levels(loads: Ints, room: Ints) -> Ints:
     return np.where(fits.any(axis=-1), fits.argmax(axis=-1), -1)
 
 
-def greedy_solution(instance: Instance, timing: Timing, *, effort: float = 1e8) -> Solution | None:
+def greedy_solution(
+    instance: Instance, timing: Timing, *, start: Ints | None = None, effort: float = 1e8
+) -> Solution | None:
     """Return a plan that no single move improves, or None if the construction finds no room.
 
     Parameters
     ----------
     instance, timing
         The question.
+    start
+        Placements (R, K) with room to descend from in place of the constructions.
     effort
         Where to stop at the latest: sums of service ticks that may be looked up, >= 0. A count
         and not a time, so that the result is reproducible; 1e8 is about a second.
     """
     search = _Search(instance, timing)
-    starts = [start for start in (search.construct(0), search.construct(1)) if start is not None]
+    tried = (search.construct(0), search.construct(1)) if start is None else (start,)
+    starts = [one for one in tried if one is not None]
     if not starts:
         return None
-    best = min(
-        (search.descend(start, effort / len(starts)) for start in starts), key=lambda s: s[1]
-    )
+    best = min((search.descend(one, effort / len(starts)) for one in starts), key=lambda s: s[1])
     return search.finished(best[0])
 
 

@@ -27,10 +27,15 @@ from planner.solve.constraints import add_constraints
 from planner.solve.heuristics import Solution, greedy_solution
 from planner.solve.instance import Instance, Ints, build_instance
 from planner.solve.objective import mean_latency_s, minimise_latency
+from planner.solve.relaxation import Relaxation, relax
+from planner.solve.rounding import rounded_placements
 from planner.solve.timing import Timing, build_timing
 from planner.solve.variables import Variables
 
 __all__ = ["Budget", "PlanResult", "Progress", "solve_instance", "solve_plan"]
+
+_POLISH = 2e7
+"""Effort of the last descent from a rounded plan, in which levels follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,33 +143,78 @@ def solve_instance(
             f"{instance.utilisation_cap:.0%} of its slots the fleet carries at most {carried:.4g}; "
             f"lower the rate or add endpoints"
         )
-    greedy = greedy_solution(instance, timing)
+    relaxed = relax(instance, timing)
+    least = critical_path_ticks(instance, timing)
+    if relaxed is not None:
+        least = max(least, relaxed.bound_ticks)
+    start = _first_plan(instance, timing, relaxed, budget.relative_gap, seed)
+    log = _Log(instance, progress)
+    if start is not None:
+        log.note(0.0, start.objective_ticks, least)
+        # The relaxation's bound is often all the proof that is asked for.
+        if start.objective_ticks - least <= budget.relative_gap * start.objective_ticks:
+            return _result(instance, timing, runs, start, least, seed, budget, log, carried, start)
     model = cp_model.CpModel()
     variables = Variables(model, instance, timing)
     add_constraints(model, variables)
-    minimise_latency(model, variables)
-    if greedy is not None:
-        _add_hint(model, variables, greedy)
+    minimise_latency(model, variables, least)
+    if start is not None:
+        _add_hint(model, variables, start)
 
     solver = cp_model.CpSolver()
     budget.apply(solver, seed)
-    log = _Log(instance, progress)
     status = solver.solve(model, log)
-    solution = _outcome(status, solver, model, variables, greedy, carried)
-
-    least = critical_path_ticks(instance, timing)
+    solution = _outcome(status, solver, model, variables, start, carried)
     # The objective is a whole number of ticks, so the bound may be rounded up to one.
     bound = max(math.ceil(solver.best_objective_bound - 1e-6), least)
+    return _result(
+        instance, timing, runs, solution, bound, seed, budget, log, carried, start, solver
+    )
+
+
+def _first_plan(
+    instance: Instance,
+    timing: Timing,
+    relaxed: Relaxation | None,
+    relative_gap: float,
+    seed: int,
+) -> Solution | None:
+    """Return the best plan without search: rounded from the relaxation, else greedy."""
+    if relaxed is not None:
+        rounded = rounded_placements(
+            instance, timing, relaxed, relative_gap=relative_gap, seed=seed
+        )
+        if rounded is not None:
+            return greedy_solution(instance, timing, start=rounded, effort=_POLISH)
+    return greedy_solution(instance, timing)
+
+
+def _result(
+    instance: Instance,
+    timing: Timing,
+    runs: tuple[RunSpec, ...],
+    solution: Solution,
+    bound: int,
+    seed: int,
+    budget: Budget,
+    log: _Log,
+    carried: float,
+    start: Solution | None,
+    solver: cp_model.CpSolver | None = None,
+) -> PlanResult:
+    """Return the result; ``solver`` is None if the first plan was close enough to its bound."""
     bound = min(bound, solution.objective_ticks)
-    log.note(solver.wall_time, solution.objective_ticks, bound)
+    wall_s = 0.0 if solver is None else solver.wall_time
+    spent = 0.0 if solver is None else solver.response_proto.deterministic_time
+    log.note(wall_s, solution.objective_ticks, bound)
     reproducible = budget.wall_s is None
     notes = {
-        "critical_path_bound_s": mean_latency_s(least, instance),
+        "critical_path_bound_s": mean_latency_s(critical_path_ticks(instance, timing), instance),
         "carried_rate_rps": carried,
         "gap_limit": budget.relative_gap,
     }
-    if greedy is not None:
-        notes["greedy_objective_s"] = mean_latency_s(greedy.objective_ticks, instance)
+    if start is not None:
+        notes["greedy_objective_s"] = mean_latency_s(start.objective_ticks, instance)
     plan = Plan(
         workflow_hash=instance.workflow_hash,
         fleet_hash=instance.fleet_hash,
@@ -184,8 +234,8 @@ def solve_instance(
         status="optimal" if bound == solution.objective_ticks else "feasible",
         scenarios=instance.scenarios,
         seed=seed,
-        wall_s=0.0 if reproducible else round(solver.wall_time, 3),
-        deterministic_time=round(solver.response_proto.deterministic_time, 6),
+        wall_s=0.0 if reproducible else round(wall_s, 3),
+        deterministic_time=round(spent, 6),
         notes=notes,
     )
     return PlanResult(
@@ -195,7 +245,7 @@ def solve_instance(
         instance=instance,
         timing=timing,
         solution=solution,
-        wall_s=solver.wall_time,
+        wall_s=wall_s,
     )
 
 

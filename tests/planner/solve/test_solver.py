@@ -359,7 +359,7 @@ def test_a_spent_budget_gives_the_greedy_plan_or_says_so(monkeypatch: pytest.Mon
     assert result.plan.objective_s == pytest.approx(result.plan.notes["greedy_objective_s"])
     assert 0 < result.plan.bound_s <= result.plan.objective_s
     assert_verified(question, result)
-    monkeypatch.setattr(solver_module, "greedy_solution", lambda instance, timing: None)
+    monkeypatch.setattr(solver_module, "_first_plan", lambda *_: None)
     with pytest.raises(NoSolutionFound, match="raise the time limit"):
         question.solve(Budget(wall_s=1e-9))
     assert question.solve().plan.status == "optimal"
@@ -372,8 +372,10 @@ def test_an_invalid_model_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch
         model.new_int_var(0, 2**62, "big")
 
     monkeypatch.setattr(solver_module, "add_constraints", too_large)
+    machines = fleet(endpoint("e", slots=1), endpoint("f", 2.0))
+    question = case(fan("a", "b", "c", "d"), machines, 0.3, (20, 99, 60, 40), classes=3)
     with pytest.raises(ModelInvalid, match="domain do not fall"):
-        case(chain("a"), fleet(endpoint("e")), 0.1).solve()
+        question.solve()
 
 
 def test_tool_delays_count_and_hide_what_runs_beside_them() -> None:

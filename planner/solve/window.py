@@ -1,0 +1,410 @@
+"""Joint placement of the calls of a short window: ready, or ready within about a second (F2).
+
+What one call costs alone is its own time and the delay it imposes on calls already there (the
+live marginal cost). What a rule that looks at one call at a time cannot see is what the calls of
+the window do to each other when they share an endpoint: the prefill of one delays the others,
+each slows the steps of the rest, and a prefix that several share is computed once (a negative
+delay). Calls of one join count together, by the last to finish, so over scenarios of lengths.
+
+    cost = mean over scenarios of
+             sum over joins of weight * max over its calls c of [tail_c + own_c + delays of c]
+           + theta * sum over calls of imposed_c
+
+A call outside any join is a join of one. Delays are pairwise: a call's delay is the sum of what
+each other call on its endpoint costs it.
+
+Bound: with multipliers that choose one call of each join per scenario (the last to finish in the
+best placement known) the maximum becomes a sum, and what is left is an assignment with pairwise
+costs. There a call that shares its endpoint with n - 1 others pays at least its n - 1 smallest
+pair costs, halved between both; assigning calls and numbers of calls jointly is a linear program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.linear_solver.python import model_builder
+from ortools.sat.python import cp_model
+
+from planner.domain.errors import Infeasible, InvalidInput, ModelInvalid
+from planner.solve.budget import Budget
+from planner.solve.instance import Bools, Floats, Ints
+
+__all__ = ["Window", "WindowPlan", "greedy_window", "solve_window", "window_cost"]
+
+_TICK_S = 1e-3
+_TRUST = 1e-6
+_MOST_SHARING = 8
+"""Calls of the window on one endpoint that the bound tells apart; more count as that many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A question: S scenarios, C calls, I endpoints.
+
+    Parameters
+    ----------
+    own_s
+        Seconds to the call's finish on an endpoint, the rest of the window elsewhere; (S, C, I).
+    imposed_s
+        Weighted seconds it delays the calls already there; (C, I).
+    delay_s
+        Seconds by which call d delays call c if both are on i, below zero if c profits;
+        (S, C, D, I), 0 where c is d.
+    allowed
+        Whether an endpoint may take a call; (C, I).
+    joins
+        Groups of calls that are waited for together; calls in no group stand alone.
+    weight
+        Weight of each call's finish, that of a join being its largest; (C,).
+    tail_s
+        Seconds from the call's finish to the join, by call; (C,).
+    theta
+        Weight of the imposed delay, >= 0.
+    """
+
+    own_s: Floats
+    imposed_s: Floats
+    delay_s: Floats
+    allowed: Bools
+    joins: tuple[tuple[int, ...], ...] = ()
+    weight: Floats
+    tail_s: Floats
+    theta: float = 1.0
+
+    def __post_init__(self) -> None:
+        samples, calls, endpoints = self.own_s.shape
+        shapes = {
+            "imposed_s": (self.imposed_s, (calls, endpoints)),
+            "delay_s": (self.delay_s, (samples, calls, calls, endpoints)),
+            "allowed": (self.allowed, (calls, endpoints)),
+            "weight": (self.weight, (calls,)),
+            "tail_s": (self.tail_s, (calls,)),
+        }
+        for name, (value, wanted) in shapes.items():
+            if value.shape != wanted:
+                raise InvalidInput(
+                    f"shape {value.shape}", where=name, remedy=f"give an array of shape {wanted}"
+                )
+        members = [call for group in self.joins for call in group]
+        if len(set(members)) < len(members) or any(not 0 <= c < calls for c in members):
+            raise InvalidInput(
+                f"groups {self.joins}", where="joins", remedy="name each call at most once"
+            )
+        for call in np.flatnonzero(~self.allowed.any(axis=1)).tolist():
+            raise Infeasible(f"call {call} of the window fits no endpoint")
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """All calls by join, those that stand alone included."""
+        members = {call for group in self.joins for call in group}
+        alone = [(c,) for c in range(len(self.weight)) if c not in members]
+        return (*self.joins, *alone)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPlan:
+    """An endpoint for each call; cost and proven least cost in weighted seconds."""
+
+    endpoints: tuple[int, ...]
+    cost_s: float
+    bound_s: float
+    status: str
+
+    @property
+    def gap(self) -> float:
+        """Relative distance of the cost to the bound, >= 0."""
+        return max(0.0, 1.0 - self.bound_s / self.cost_s) if self.cost_s > 0 else 0.0
+
+
+def window_cost(window: Window, endpoints: Sequence[int]) -> float:
+    """Return the cost of a placement in weighted seconds, straight from the definition."""
+    total = 0.0
+    samples = len(window.own_s)
+    for s in range(samples):
+        for group in window.groups:
+            last = -np.inf
+            for c in group:
+                i = endpoints[c]
+                finish = window.tail_s[c] + window.own_s[s, c, i]
+                for d, other in enumerate(endpoints):
+                    if other == i and d != c:
+                        finish += window.delay_s[s, c, d, i]
+                last = max(last, finish)
+            total += max(window.weight[c] for c in group) * last / samples
+    return float(
+        total + window.theta * sum(window.imposed_s[c, i] for c, i in enumerate(endpoints))
+    )
+
+
+def greedy_window(window: Window) -> tuple[int, ...]:
+    """Return a placement that no move and no exchange improves, built one call after the other.
+
+    Calls with the most to lose from a second choice come first.
+    """
+    search = _Search(window)
+    return tuple(search.descend(search.construct()).tolist())
+
+
+def solve_window(
+    window: Window, *, budget: Budget | None = None, seed: int = 0
+) -> WindowPlan:
+    """Return the best joint placement found within a budget.
+
+    Parameters
+    ----------
+    budget
+        0.25 s of search on two workers to a 1 % gap unless given; greedy and bound come before
+        and take milliseconds.
+
+    Raises
+    ------
+    ModelInvalid
+        If the solver refuses the model (a bug).
+    """
+    budget = budget or Budget(wall_s=0.2, relative_gap=0.01)
+    search = _Search(window)
+    best = search.descend(search.construct())
+    cost = search.cost(best)
+    bound = _bound(window, search, best)
+    if cost - bound > budget.relative_gap * abs(cost):
+        model = _Model(window, best, bound)
+        solver = cp_model.CpSolver()
+        budget.apply(solver, seed)
+        solver.parameters.cp_model_probing_level = 0
+        status = solver.solve(model.cp)
+        if status == cp_model.MODEL_INVALID:
+            raise ModelInvalid(f"CP-SAT refused the window model: {model.cp.validate()}")
+        if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            found = search.descend(model.read(solver))
+            if search.cost(found) < cost:
+                best, cost = found, search.cost(found)
+        # Rounding to ticks may move the bound by one tick per term.
+        proven = solver.best_objective_bound * _TICK_S / len(window.own_s) - model.slack_s
+        bound = max(bound, proven)
+    bound = min(bound, cost)
+    near = cost - bound <= max(1e-9, 1e-6 * abs(cost))
+    return WindowPlan(
+        endpoints=tuple(best.tolist()),
+        cost_s=cost,
+        bound_s=bound,
+        status="optimal" if near else "feasible",
+    )
+
+
+class _Search:
+    """Costs of many placements at once, and descent by moves and exchanges."""
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+        self._calls = np.arange(len(window.weight))
+        self._groups = [list(group) for group in window.groups]
+        self._weights = np.array([window.weight[group].max() for group in self._groups])
+        self._order = np.concatenate([np.array(group) for group in self._groups])
+        sizes = [len(group) for group in self._groups]
+        self._starts = np.concatenate(([0], np.cumsum(sizes[:-1]))).astype(np.int64)
+
+    def finishes(self, batch: Ints) -> Floats:
+        """Return finish plus tail of each call for placements (n, C); shape (n, S, C)."""
+        window, calls = self._window, self._calls
+        own = window.own_s[:, calls, batch].transpose(1, 0, 2)
+        same = batch[:, :, None] == batch[:, None, :]
+        delay = window.delay_s[:, calls[:, None], calls, batch[:, :, None]]
+        return np.asarray(
+            own + window.tail_s + np.einsum("sncd,ncd->nsc", delay, same, optimize=False)
+        )
+
+    def costs(self, batch: Ints) -> Floats:
+        """Return the cost of each placement of a batch (n, C); shape (n,)."""
+        window = self._window
+        last = np.maximum.reduceat(self.finishes(batch)[:, :, self._order], self._starts, axis=2)
+        own = (last.mean(axis=1) * self._weights).sum(axis=1)
+        imposed = window.imposed_s[self._calls, batch].sum(axis=1)
+        return np.asarray(own + window.theta * imposed)
+
+    def cost(self, placement: Ints) -> float:
+        """Return the cost of one placement."""
+        return float(self.costs(placement[np.newaxis])[0])
+
+    def construct(self) -> Ints:
+        """Place one call after the other where the calls placed so far cost least in all."""
+        window = self._window
+        alone = window.weight[:, None] * window.own_s.mean(axis=0)
+        alone = np.where(window.allowed, alone + window.theta * window.imposed_s, np.inf)
+        ranked = np.sort(alone, axis=1)
+        loss = ranked[:, 1] - ranked[:, 0] if alone.shape[1] > 1 else ranked[:, 0]
+        loss = np.where(np.isfinite(loss), loss, np.inf)
+        pair = _pair_costs(window, np.repeat(window.weight[None], len(window.own_s), axis=0))
+        placement = np.zeros(len(loss), dtype=np.int64)
+        extra = np.zeros_like(alone)
+        for c in np.argsort(-loss, kind="stable").tolist():
+            i = int((alone[c] + extra[c]).argmin())
+            placement[c] = i
+            extra[:, i] += pair[:, c, i]
+        return placement
+
+    def descend(self, placement: Ints) -> Ints:
+        """Take the best improving move or exchange until there is none."""
+        allowed = self._window.allowed
+        calls, endpoints = allowed.shape
+        move_c, move_i = np.nonzero(allowed)
+        one, two = np.triu_indices(calls, k=1)
+        value = self.cost(placement)
+        while True:
+            keep = placement[move_c] != move_i
+            moves = np.repeat(placement[None], int(keep.sum()), axis=0)
+            moves[np.arange(len(moves)), move_c[keep]] = move_i[keep]
+            found = self._best(moves, value)
+            if found is None:
+                swap = (
+                    (placement[one] != placement[two])
+                    & allowed[one, placement[two]]
+                    & allowed[two, placement[one]]
+                )
+                a, b = one[swap], two[swap]
+                swaps = np.repeat(placement[None], len(a), axis=0)
+                rows = np.arange(len(a))
+                swaps[rows, a], swaps[rows, b] = placement[b], placement[a]
+                found = self._best(swaps, value)
+            if found is None:
+                return placement
+            placement, value = found
+
+    def _best(self, batch: Ints, value: float) -> tuple[Ints, float] | None:
+        if not len(batch):
+            return None
+        costs = self.costs(batch)
+        best = int(costs.argmin())
+        if costs[best] >= value - 1e-9:
+            return None
+        return batch[best], float(costs[best])
+
+    def last(self, placement: Ints) -> Floats:
+        """Return the weight on each call: its join's where it is the last to finish; (S, C)."""
+        finish = self.finishes(placement[np.newaxis])[0]
+        out = np.zeros_like(finish)
+        for group, weight in zip(self._groups, self._weights, strict=True):
+            last = finish[:, group].argmax(axis=1)
+            out[np.arange(len(finish)), np.array(group)[last]] = weight
+        return out
+
+
+def _pair_costs(window: Window, weights: Floats) -> Floats:
+    """Return what two calls cost each other on an endpoint, for weights (S, C); shape (C, C, I)."""
+    one_way = np.einsum("sc,scdi->cdi", weights, window.delay_s) / len(weights)
+    return np.asarray(one_way + one_way.transpose(1, 0, 2))
+
+
+def _bound(window: Window, search: _Search, placement: Ints) -> float:
+    """Return a cost that no placement is below, by the linear program of the module's text."""
+    weights = search.last(placement)
+    samples, calls, endpoints = window.own_s.shape
+    alone = np.einsum("sc,sci->ci", weights, window.own_s) / samples
+    alone = alone + window.theta * window.imposed_s
+    fixed = float((weights * window.tail_s).sum() / samples)
+    pair = _pair_costs(window, weights)
+    pair[np.arange(calls), np.arange(calls)] = np.inf
+    pair = np.where(window.allowed[None], pair, np.inf)
+    depth = min(_MOST_SHARING, calls)
+    # share[c, i, n]: half of the n least pair costs of c on i.
+    cheapest = np.sort(pair, axis=1)[:, : max(0, depth - 1)]
+    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)
+    sums = np.cumsum(cheapest, axis=1).transpose(0, 2, 1) / 2
+    share = np.concatenate([np.zeros((calls, endpoints, 1)), sums], axis=2)
+    if calls > depth:
+        # The last number stands for all larger ones, in which further pairs may be negative.
+        rest = np.sort(pair, axis=1)[:, depth - 1 :]
+        share[:, :, -1] += np.minimum(np.where(np.isfinite(rest), rest, 0.0), 0.0).sum(axis=1) / 2
+    model = model_builder.Model()  # type: ignore[no-untyped-call]
+    total = model_builder.LinearExpr.weighted_sum
+    use: dict[tuple[int, int, int], model_builder.Variable] = {}
+    costs: list[float] = []
+    for c, i in np.argwhere(window.allowed).tolist():
+        for n in range(depth):
+            use[c, i, n] = model.new_num_var(0.0, 1.0, "")
+            costs.append(float(alone[c, i] + share[c, i, n]))
+    for c in range(calls):
+        mine = [use[c, i, n] for i in np.flatnonzero(window.allowed[c]).tolist()
+                for n in range(depth)]  # fmt: skip
+        model.add_linear_constraint(total(mine, [1.0] * len(mine)), lb=1.0, ub=1.0)
+    for i in range(endpoints):
+        users = np.flatnonzero(window.allowed[:, i]).tolist()
+        numbers = [model.new_num_var(0.0, 1.0, "") for _ in range(depth)]
+        model.add_linear_constraint(total(numbers, [1.0] * depth), ub=1.0)
+        for n, number in enumerate(numbers):
+            row = [use[c, i, n] for c in users]
+            most = float(calls if n == depth - 1 else n + 1)
+            model.add_linear_constraint(
+                total([*row, number], [*[1.0] * len(row), -most]), ub=0.0
+            )
+            if n:
+                # n + 1 calls are there, each of them once.
+                model.add_linear_constraint(
+                    total([*row, number], [*[1.0] * len(row), -float(n + 1)]), lb=0.0
+                )
+    model.minimize(total(list(use.values()), costs))
+    solver = model_builder.Solver("GLOP")
+    if solver.solve(model) != model_builder.SolveStatus.OPTIMAL:
+        return -np.inf
+    value = float(solver.objective_value)
+    return value - _TRUST * abs(value) + fixed
+
+
+class _Model:
+    """The CP-SAT model: one literal per call and endpoint; delays bind only where both are."""
+
+    def __init__(self, window: Window, hint: Ints, bound_s: float) -> None:
+        self.cp = cp_model.CpModel()
+        samples, calls, endpoints = window.own_s.shape
+        self._use = {
+            (c, i): self.cp.new_bool_var("") for c, i in np.argwhere(window.allowed).tolist()
+        }
+        for c in range(calls):
+            self.cp.add_exactly_one(self._use[c, i] for i in np.flatnonzero(window.allowed[c]))
+        own = np.rint((window.own_s + window.tail_s[:, None]) / _TICK_S).astype(np.int64)
+        delay = np.rint(window.delay_s / _TICK_S).astype(np.int64)
+        far = int(np.abs(own).max() + np.abs(delay).sum(axis=2).max()) + 1
+        expr = cp_model.LinearExpr.weighted_sum
+        terms: list[cp_model.LinearExprT] = []
+        finishes: list[tuple[cp_model.IntVar, list[int], list[int]]] = []
+        rounding = 0.0
+        for group in window.groups:
+            weight = float(max(window.weight[c] for c in group))
+            # Alone, a call's mean over the scenarios is all that counts: one row, not S.
+            parts = [list(range(samples))] if len(group) == 1 else [[s] for s in range(samples)]
+            for part in parts:
+                last = self.cp.new_int_var(-far * samples, far * samples, "")
+                for c in group:
+                    for i in np.flatnonzero(window.allowed[c]).tolist():
+                        others = [
+                            d
+                            for d in range(calls)
+                            if d != c and (d, i) in self._use and delay[part, c, d, i].any()
+                        ]
+                        sums = [int(delay[part, c, d, i].sum()) for d in others]
+                        row = self.cp.add(
+                            last
+                            >= expr([self._use[d, i] for d in others], sums)
+                            + int(own[part, c, i].sum())
+                        )
+                        row.only_enforce_if(self._use[c, i])
+                terms.append(round(1000 * weight) * last)
+                finishes.append((last, list(group), part))
+            rounding += (0.5 * calls * _TICK_S + 5e-4 * far * _TICK_S) * samples
+        imposed = np.rint(1000 * samples * window.theta * window.imposed_s / _TICK_S)
+        terms += [int(imposed[c, i]) * literal for (c, i), literal in self._use.items()]
+        self._scale = 1000
+        self.slack_s = rounding / samples
+        self.cp.minimize(sum(terms))
+        for (c, i), literal in self._use.items():
+            self.cp.add_hint(literal, int(hint[c] == i))
+
+    def read(self, solver: cp_model.CpSolver) -> Ints:
+        """Return the solver's placement."""
+        placement = np.zeros(1 + max(c for c, _ in self._use), dtype=np.int64)
+        for (c, i), literal in self._use.items():
+            if solver.boolean_value(literal):
+                placement[c] = i
+        return placement
