@@ -51,8 +51,8 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-tune",
         action="store_true",
-        help="keep the parameters as given; otherwise each policy that has any is tuned on runs "
-        "of other seeds, with the same number of trials",
+        help="keep the default parameters; otherwise each policy that has any, and got none by "
+        "hand, is tuned on runs of other seeds, with the same number of trials",
     )
     parser.add_argument(
         "--tuning-seeds", type=int, default=3, help="replications used for tuning (%(default)s)"
@@ -107,7 +107,10 @@ def tune_setups(
     jobs: int,
     clients: ClosedLoop | None = None,
 ) -> list[PolicySetup]:
-    """Return the setups tuned on the given workloads (seed -> runs), all by the same score."""
+    """Return the setups tuned on the given workloads (seed -> runs), all by the same score.
+
+    Parameters given by hand are kept.
+    """
 
     def score(candidates: Sequence[PolicySetup]) -> list[float]:
         cells = [
@@ -127,7 +130,7 @@ def tune_setups(
         size = len(workloads)
         return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
-    return [tune(setup, score, progress) for setup in setups]
+    return [setup if setup.parameters else tune(setup, score, progress) for setup in setups]
 
 
 def _measured(cell: Cell, folder: Path | None) -> tuple[RunMetrics, str | None]:

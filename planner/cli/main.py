@@ -33,7 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "simulate": "compare policies on a simulated fleet",
     "serve": "run the gateway in front of a fleet",
     "mock-fleet": "run mock vLLM endpoints on this machine",
-    "run": "run an application live under several policies",
+    "run": "run the demo application live under several policies",
     "report": "make one HTML file of a results folder",
     "data": "list and download public datasets",
     "explain": "say why: a plan, a table row, or the calls of a run",

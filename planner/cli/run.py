@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["register", "run"]
 
 _TUNING_SEED = 1000
+_DISPATCH_S = 0.0005
+"""Decision time charged to each simulated call: more than a live decision takes."""
 
 
 def register(subparsers: Any) -> None:
@@ -154,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
             title=title,
             settings={**settings, "seeds": seeds, "runs_per_seed": count},
             noise_cv=args.noise_cv,
+            dispatch_s=_DISPATCH_S,
             jobs=args.jobs,
         )
 

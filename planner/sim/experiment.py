@@ -117,7 +117,7 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every
-tuned policy gets 12 or 13 evaluations."""
+tuned policy gets 12 evaluations."""
 
 
 def tune(
