@@ -51,7 +51,7 @@ th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ccc
   font-variant-numeric: tabular-nums; vertical-align: top; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 thead th { border-bottom: 2px solid #333; }
-.nowrap td, .nowrap th { white-space: nowrap; font-size: .8rem; }
+.words td { min-width: 4rem; } .nowrap td, .nowrap th { white-space: nowrap; font-size: .8rem; }
 .verdict { font-weight: 700; border: 1px solid #333; border-radius: .2rem; padding: 0 .3rem; }
 .win { background: #cfe4f2; } .loss { background: #fbd9bd; } .tie { background: #eee; }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; }
