@@ -94,7 +94,9 @@ def _resources(question: ScheduleQuestion, schedule: Schedule) -> list[Violation
                 used += change
                 if used > room[endpoint]:
                     found.append(
-                        Violation(rule, f"endpoint {endpoint}: {used} of {room[endpoint]} at {tick}")
+                        Violation(
+                            rule, f"endpoint {endpoint}: {used} of {room[endpoint]} at {tick}"
+                        )
                     )
                     break
     return found

@@ -21,18 +21,20 @@ from ortools.sat.python import cp_model
 from planner.domain.errors import ModelInvalid
 from planner.domain.schedule import Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
+from planner.solve.flow import flow_schedule
 from planner.solve.list_schedules import LIST_SCHEDULES
 
 __all__ = ["ScheduleResult", "solve_schedule"]
 
+_FLOW_SHARE = 0.7
+"""Share of the budget that flow shops spend on local search: intervals rarely improve on it."""
+_STEPS_PER_S = 15_000
+_SMALL = 60
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleResult:
-    """A schedule with what it took.
-
-    ``status`` is ``optimal`` or ``feasible``; ``build_s`` and ``search_s`` are the solver's own
-    measures in seconds (0 where not measured).
-    """
+    """A schedule, its status (``optimal`` or ``feasible``) and the seconds of search."""
 
     schedule: Schedule
     status: str
@@ -64,12 +66,17 @@ def solve_schedule(
     starts = [rule(question) for rule in LIST_SCHEDULES.values()]
     if hint is not None:
         starts.append(hint)
+    flow = flow_schedule(question, effort=_flow_effort(question, budget), seed=seed)
+    if flow is not None:
+        starts.append(flow)
     best = min(starts, key=lambda one: one.objective)
     if not question.activities:
         return ScheduleResult(schedule=best, status="optimal", search_s=0.0)
     model = _Model(question, best)
     solver = cp_model.CpSolver()
     budget.apply(solver, seed)
+    if flow is not None and budget.wall_s is not None:
+        solver.parameters.max_time_in_seconds = budget.wall_s * (1 - _FLOW_SHARE)
     status = solver.solve(model.cp)
     if status == cp_model.MODEL_INVALID:
         raise ModelInvalid(f"CP-SAT refused the schedule model: {model.cp.validate()}")
@@ -77,12 +84,20 @@ def solve_schedule(
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         found = model.read(solver)
         best = min(found, best, key=lambda one: one.objective)
-    bound = min(bound, best.objective)
+    bound = min(max(bound, model.least), best.objective)
     return ScheduleResult(
         schedule=replace(best, bound=bound),
         status="optimal" if bound == best.objective else "feasible",
         search_s=solver.wall_time,
     )
+
+
+def _flow_effort(question: ScheduleQuestion, budget: Budget) -> float:
+    """Return the steps of the flow-shop search that take its share of the budget, roughly."""
+    limit_s = budget.wall_s if budget.wall_s is not None else budget.deterministic
+    # A small question is solved exactly before local search would pay.
+    share = _FLOW_SHARE if len(question.activities) > _SMALL else 0.01
+    return (limit_s or 0.0) * share * _STEPS_PER_S
 
 
 class _Model:
@@ -91,11 +106,12 @@ class _Model:
         self.cp = cp_model.CpModel()
         self._horizon = self._latest(hint)
         self._heads, self._tails = _heads_and_tails(question)
+        self.least = self._longest_chain()
         self._variables()
         self._order()
         self._resources()
         self._together()
-        self._objective(hint)
+        self._objective()
         self._hint(hint)
 
     def _latest(self, hint: Schedule) -> int:
@@ -108,12 +124,23 @@ class _Model:
         moves = sum(max(map(max, ticks)) for ticks in self._question.transfers.values())
         return max(one.release for one in self._question.activities) + work + moves
 
+    def _longest_chain(self) -> int:
+        """Return an objective no schedule is below: each activity at once, where it is shortest."""
+        ends = [
+            head + min(mode.ticks for mode in one.modes)
+            for head, one in zip(self._heads, self._question.activities, strict=True)
+        ]
+        weighted = sum(o.weight * e for o, e in zip(self._question.activities, ends, strict=True))
+        return self._question.makespan_weight * max(ends) + weighted
+
     def _variables(self) -> None:
         cp, horizon = self.cp, self._horizon
         self.start: list[cp_model.IntVar] = []
         self.end: list[cp_model.LinearExprT] = []
         self.use: list[list[cp_model.IntVar | int]] = []
-        self._slots: dict[int, list[tuple[cp_model.IntervalVar, int, Mode, int]]] = defaultdict(list)
+        self._slots: dict[int, list[tuple[cp_model.IntervalVar, int, Mode, int]]] = defaultdict(
+            list
+        )
         self._lanes: dict[int, list[cp_model.IntervalVar]] = defaultdict(list)
         for a, one in enumerate(self._question.activities):
             shortest = min(mode.ticks for mode in one.modes)
@@ -212,7 +239,7 @@ class _Model:
                 for one, two in zip(self.use[first], self.use[other], strict=True):
                     self.cp.add(one == two)
 
-    def _objective(self, hint: Schedule) -> None:
+    def _objective(self) -> None:
         question = self._question
         terms: list[cp_model.LinearExprT] = []
         if question.makespan_weight:

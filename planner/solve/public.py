@@ -16,7 +16,7 @@ DAG_TICKS = 1_000_000
 
 def fjsp_question(row: Mapping[str, Any]) -> ScheduleQuestion:
     """Return a flexible job shop: operations of a job in a chain, a mode per allowed machine."""
-    activities = []
+    activities: list[Activity] = []
     for job in row["jobs"]:
         for o, times in enumerate(job):
             modes = tuple(Mode(endpoint=m, ticks=t) for m, t in enumerate(times) if t > 0)
@@ -27,7 +27,7 @@ def fjsp_question(row: Mapping[str, Any]) -> ScheduleQuestion:
 
 def hfsp_question(row: Mapping[str, Any]) -> ScheduleQuestion:
     """Return a hybrid flow shop: each stage is an endpoint with as many slots as machines."""
-    activities = []
+    activities: list[Activity] = []
     for times in row["times"]:
         for stage, ticks in enumerate(times):
             preds = (len(activities) - 1,) if stage else ()

@@ -65,7 +65,7 @@ def relax(instance: Instance, timing: Timing) -> Relaxation | None:
     for k in range(sites):
         mine = [use[key] for key in keys if key[0] == k]
         model.add_linear_constraint(total(mine, [1.0] * len(mine)), lb=1.0, ub=1.0)
-    for (k, i, n), share in use.items():
+    for (_, i, n), share in use.items():
         model.add_linear_constraint(share - levels[i][n], ub=0.0)
     for i, grid in enumerate(instance.levels):
         for n in range(len(grid)):

@@ -32,7 +32,7 @@ from planner.solve.rounding import rounded_placements
 from planner.solve.timing import Timing, build_timing
 from planner.solve.variables import Variables
 
-__all__ = ["Budget", "PlanResult", "Progress", "solve_instance", "solve_plan"]
+__all__ = ["Budget", "PlanResult", "Progress", "build_model", "solve_instance", "solve_plan"]
 
 _POLISH = 2e7
 """Effort of the last descent from a rounded plan, in which levels follow."""
@@ -154,10 +154,7 @@ def solve_instance(
         # The relaxation's bound is often all the proof that is asked for.
         if start.objective_ticks - least <= budget.relative_gap * start.objective_ticks:
             return _result(instance, timing, runs, start, least, seed, budget, log, carried, start)
-    model = cp_model.CpModel()
-    variables = Variables(model, instance, timing)
-    add_constraints(model, variables)
-    minimise_latency(model, variables, least)
+    model, variables = build_model(instance, timing, least)
     if start is not None:
         _add_hint(model, variables, start)
 
@@ -170,6 +167,17 @@ def solve_instance(
     return _result(
         instance, timing, runs, solution, bound, seed, budget, log, carried, start, solver
     )
+
+
+def build_model(
+    instance: Instance, timing: Timing, least: int
+) -> tuple[cp_model.CpModel, Variables]:
+    """Return the model and its variables; ``least`` is a proven bound in ticks."""
+    model = cp_model.CpModel()
+    variables = Variables(model, instance, timing)
+    add_constraints(model, variables)
+    minimise_latency(model, variables, least)
+    return model, variables
 
 
 def _first_plan(

@@ -13,14 +13,16 @@ delay). Calls of one join count together, by the last to finish, so over scenari
 A call outside any join is a join of one. Delays are pairwise: a call's delay is the sum of what
 each other call on its endpoint costs it.
 
-Bound: with multipliers that choose one call of each join per scenario (the last to finish in the
-best placement known) the maximum becomes a sum, and what is left is an assignment with pairwise
-costs. There a call that shares its endpoint with n - 1 others pays at least its n - 1 smallest
-pair costs, halved between both; assigning calls and numbers of calls jointly is a linear program.
+Bound: with multipliers that divide the weight of a join among its calls per scenario, the maximum
+becomes a sum, and what is left is an assignment with pairwise costs. There a call that shares its
+endpoint with n others pays at least what `_shared_costs` says; assigning calls and numbers of
+calls per endpoint jointly is a linear program. Without joins the bound is within a few per cent;
+with joins, where delays count for the last call only, it is far looser.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +34,19 @@ from planner.domain.errors import Infeasible, InvalidInput, ModelInvalid
 from planner.solve.budget import Budget
 from planner.solve.instance import Bools, Floats, Ints
 
-__all__ = ["Window", "WindowPlan", "greedy_window", "solve_window", "window_cost"]
+__all__ = ["Window", "WindowModel", "WindowPlan", "greedy_window", "solve_window", "window_cost"]
 
 _TICK_S = 1e-3
 _TRUST = 1e-6
-_MOST_SHARING = 8
-"""Calls of the window on one endpoint that the bound tells apart; more count as that many."""
+_STEPS_PER_CALL = 4
+"""Improving steps of the descent at most, per call."""
+_LEAST_GAIN_S = 1e-9
+_SPREADS = (0.01, 0.5)
+"""Spreads of the multipliers tried for the bound, relative to the mean finish."""
+_LEAST_DEPTH = 6
+_MORE_DEPTH = 3
+"""Numbers of calls on one endpoint that the bound tells apart: at least six, and three more than
+on the fullest endpoint of the best placement known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,12 +115,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowPlan:
-    """An endpoint for each call; cost and proven least cost in weighted seconds."""
+    """An endpoint for each call; cost and proven least cost in weighted seconds.
+
+    ``search_s`` is the time CP-SAT took, 0 if descent was near enough to the bound.
+    """
 
     endpoints: tuple[int, ...]
     cost_s: float
     bound_s: float
     status: str
+    search_s: float
 
     @property
     def gap(self) -> float:
@@ -148,33 +161,37 @@ def greedy_window(window: Window) -> tuple[int, ...]:
     return tuple(search.descend(search.construct()).tolist())
 
 
-def solve_window(
-    window: Window, *, budget: Budget | None = None, seed: int = 0
-) -> WindowPlan:
+def solve_window(window: Window, *, budget: Budget | None = None, seed: int = 0) -> WindowPlan:
     """Return the best joint placement found within a budget.
 
     Parameters
     ----------
     budget
-        0.25 s of search on two workers to a 1 % gap unless given; greedy and bound come before
-        and take milliseconds.
+        0.1 s of search on two workers to a 1 % gap unless given. Descent, bound and the building
+        of the model come on top: for 24 calls on 8 endpoints about as much again.
 
     Raises
     ------
     ModelInvalid
         If the solver refuses the model (a bug).
     """
-    budget = budget or Budget(wall_s=0.2, relative_gap=0.01)
+    budget = budget or Budget(wall_s=0.1, relative_gap=0.01)
     search = _Search(window)
     best = search.descend(search.construct())
     cost = search.cost(best)
-    bound = _bound(window, search, best)
+    mean_s = float(search.finishes(best[np.newaxis]).mean())
+    bound = max(
+        _bound(window, search.multipliers(best, spread * max(mean_s, _TICK_S)), best)
+        for spread in _SPREADS
+    )
+    search_s = 0.0
     if cost - bound > budget.relative_gap * abs(cost):
-        model = _Model(window, best, bound)
+        model = WindowModel(window, best, bound)
         solver = cp_model.CpSolver()
         budget.apply(solver, seed)
         solver.parameters.cp_model_probing_level = 0
         status = solver.solve(model.cp)
+        search_s = solver.wall_time
         if status == cp_model.MODEL_INVALID:
             raise ModelInvalid(f"CP-SAT refused the window model: {model.cp.validate()}")
         if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -182,7 +199,7 @@ def solve_window(
             if search.cost(found) < cost:
                 best, cost = found, search.cost(found)
         # Rounding to ticks may move the bound by one tick per term.
-        proven = solver.best_objective_bound * _TICK_S / len(window.own_s) - model.slack_s
+        proven = solver.best_objective_bound * model.unit_s - model.slack_s
         bound = max(bound, proven)
     bound = min(bound, cost)
     near = cost - bound <= max(1e-9, 1e-6 * abs(cost))
@@ -191,6 +208,7 @@ def solve_window(
         cost_s=cost,
         bound_s=bound,
         status="optimal" if near else "feasible",
+        search_s=search_s,
     )
 
 
@@ -218,11 +236,10 @@ class _Search:
 
     def costs(self, batch: Ints) -> Floats:
         """Return the cost of each placement of a batch (n, C); shape (n,)."""
-        window = self._window
-        last = np.maximum.reduceat(self.finishes(batch)[:, :, self._order], self._starts, axis=2)
-        own = (last.mean(axis=1) * self._weights).sum(axis=1)
-        imposed = window.imposed_s[self._calls, batch].sum(axis=1)
-        return np.asarray(own + window.theta * imposed)
+        imposed = self._window.imposed_s[self._calls, batch].sum(axis=1)
+        return np.asarray(
+            self._weighed(self.finishes(batch)) + self._window.theta * imposed, dtype=np.float64
+        )
 
     def cost(self, placement: Ints) -> float:
         """Return the cost of one placement."""
@@ -246,77 +263,116 @@ class _Search:
         return placement
 
     def descend(self, placement: Ints) -> Ints:
-        """Take the best improving move or exchange until there is none."""
+        """Take the best improving move or, failing that, exchange, until there is none."""
         allowed = self._window.allowed
-        calls, endpoints = allowed.shape
         move_c, move_i = np.nonzero(allowed)
-        one, two = np.triu_indices(calls, k=1)
+        one, two = np.triu_indices(len(allowed), k=1)
+        placement = placement.copy()
         value = self.cost(placement)
-        while True:
+        for _ in range(_STEPS_PER_CALL * len(allowed)):
+            finish = self.finishes(placement[np.newaxis])[0]
+            there = np.eye(allowed.shape[1])[placement]
+            # Delay of each call by those on each endpoint, itself left out; (S, C, I).
+            met = np.einsum("scdi,di->sci", self._window.delay_s, there, optimize=False)
             keep = placement[move_c] != move_i
-            moves = np.repeat(placement[None], int(keep.sum()), axis=0)
-            moves[np.arange(len(moves)), move_c[keep]] = move_i[keep]
-            found = self._best(moves, value)
-            if found is None:
-                swap = (
-                    (placement[one] != placement[two])
-                    & allowed[one, placement[two]]
-                    & allowed[two, placement[one]]
-                )
-                a, b = one[swap], two[swap]
-                swaps = np.repeat(placement[None], len(a), axis=0)
-                rows = np.arange(len(a))
-                swaps[rows, a], swaps[rows, b] = placement[b], placement[a]
-                found = self._best(swaps, value)
-            if found is None:
-                return placement
-            placement, value = found
+            c, i = move_c[keep], move_i[keep]
+            best = self._best(self._after(placement, finish, met, c, i), placement, c, i)
+            if best is not None and best[1] < value - _LEAST_GAIN_S:
+                position, value = best
+                placement[c[position]] = i[position]
+                continue
+            keep = (
+                (placement[one] != placement[two])
+                & allowed[one, placement[two]]
+                & allowed[two, placement[one]]
+            )
+            c, d = one[keep], two[keep]
+            i, j = placement[c], placement[d]
+            best = self._best(self._swapped(placement, finish, met, c, d), placement, c, j, d, i)
+            if best is None or best[1] >= value - _LEAST_GAIN_S:
+                break
+            position, value = best
+            placement[c[position]], placement[d[position]] = j[position], i[position]
+        return placement
 
-    def _best(self, batch: Ints, value: float) -> tuple[Ints, float] | None:
-        if not len(batch):
+    def _after(self, placement: Ints, finish: Floats, met: Floats, c: Ints, i: Ints) -> Floats:
+        """Return all finishes after call c[n] has gone to endpoint i[n]; shape (n, S, C)."""
+        window = self._window
+        out = np.repeat(finish[np.newaxis], len(c), axis=0)
+        out += self._caused(placement, c, i) - self._caused(placement, c, placement[c])
+        own = window.own_s[:, c, i] + window.tail_s[c] + met[:, c, i]
+        out[np.arange(len(c)), :, c] = own.T
+        return out
+
+    def _swapped(self, placement: Ints, finish: Floats, met: Floats, c: Ints, d: Ints) -> Floats:
+        """Return all finishes after calls c[n] and d[n] exchanged endpoints; (n, S, C)."""
+        window, i, j = self._window, placement[c], placement[d]
+        out = np.repeat(finish[np.newaxis], len(c), axis=0)
+        for call, source, target in ((c, i, j), (d, j, i)):
+            out += self._caused(placement, call, target) - self._caused(placement, call, source)
+        rows = np.arange(len(c))
+        for call, other, target in ((c, d, j), (d, c, i)):
+            own = window.own_s[:, call, target] + window.tail_s[call] + met[:, call, target]
+            out[rows, :, call] = (own - window.delay_s[:, call, other, target]).T
+        return out
+
+    def _caused(self, placement: Ints, c: Ints, i: Ints) -> Floats:
+        """Return the delay of each call by call c[n] if that is on endpoint i[n]; (n, S, C)."""
+        there = placement == i[:, None]
+        return np.asarray(
+            self._window.delay_s[:, :, c, i].transpose(2, 0, 1) * there[:, np.newaxis]
+        )
+
+    def _best(self, finishes: Floats, placement: Ints, *changes: Ints) -> tuple[int, float] | None:
+        """Return position and cost of the best candidate; ``changes`` are calls and endpoints."""
+        if not len(finishes):
             return None
-        costs = self.costs(batch)
+        imposed = self._window.imposed_s
+        extra = np.full(len(finishes), imposed[self._calls, placement].sum())
+        for c, i in zip(changes[::2], changes[1::2], strict=True):
+            extra += imposed[c, i] - imposed[c, placement[c]]
+        costs = self._weighed(finishes) + self._window.theta * extra
         best = int(costs.argmin())
-        if costs[best] >= value - 1e-9:
-            return None
-        return batch[best], float(costs[best])
+        return best, float(costs[best])
 
-    def last(self, placement: Ints) -> Floats:
-        """Return the weight on each call: its join's where it is the last to finish; (S, C)."""
+    def _weighed(self, finishes: Floats) -> Floats:
+        """Return the weighted ends of all joins for finishes (n, S, C); shape (n,)."""
+        last = np.maximum.reduceat(finishes[:, :, self._order], self._starts, axis=2)
+        return np.asarray((last.mean(axis=1) * self._weights).sum(axis=1), dtype=np.float64)
+
+    def multipliers(self, placement: Ints, spread_s: float) -> Floats:
+        """Return each join's weight divided among its calls, most to the last; (S, C).
+
+        A call that finishes ``spread_s`` before the last gets a share 1 / e of the last's.
+        """
         finish = self.finishes(placement[np.newaxis])[0]
-        out = np.zeros_like(finish)
+        out: Floats = np.zeros(finish.shape)
         for group, weight in zip(self._groups, self._weights, strict=True):
-            last = finish[:, group].argmax(axis=1)
-            out[np.arange(len(finish)), np.array(group)[last]] = weight
+            late = finish[:, group]
+            share = np.exp((late - late.max(axis=1, keepdims=True)) / spread_s)
+            out[:, group] = weight * share / share.sum(axis=1, keepdims=True)
         return out
 
 
 def _pair_costs(window: Window, weights: Floats) -> Floats:
     """Return what two calls cost each other on an endpoint, for weights (S, C); shape (C, C, I)."""
     one_way = np.einsum("sc,scdi->cdi", weights, window.delay_s) / len(weights)
-    return np.asarray(one_way + one_way.transpose(1, 0, 2))
+    return np.asarray(one_way + one_way.transpose(1, 0, 2), dtype=np.float64)
 
 
-def _bound(window: Window, search: _Search, placement: Ints) -> float:
-    """Return a cost that no placement is below, by the linear program of the module's text."""
-    weights = search.last(placement)
+def _bound(window: Window, weights: Floats, placement: Ints) -> float:
+    """Return a cost that no placement is below, by the linear program of the module's text.
+
+    ``weights`` (S, C) divide the weight of each join among its calls.
+    """
     samples, calls, endpoints = window.own_s.shape
     alone = np.einsum("sc,sci->ci", weights, window.own_s) / samples
     alone = alone + window.theta * window.imposed_s
     fixed = float((weights * window.tail_s).sum() / samples)
     pair = _pair_costs(window, weights)
-    pair[np.arange(calls), np.arange(calls)] = np.inf
-    pair = np.where(window.allowed[None], pair, np.inf)
-    depth = min(_MOST_SHARING, calls)
-    # share[c, i, n]: half of the n least pair costs of c on i.
-    cheapest = np.sort(pair, axis=1)[:, : max(0, depth - 1)]
-    cheapest = np.where(np.isfinite(cheapest), cheapest, 0.0)
-    sums = np.cumsum(cheapest, axis=1).transpose(0, 2, 1) / 2
-    share = np.concatenate([np.zeros((calls, endpoints, 1)), sums], axis=2)
-    if calls > depth:
-        # The last number stands for all larger ones, in which further pairs may be negative.
-        rest = np.sort(pair, axis=1)[:, depth - 1 :]
-        share[:, :, -1] += np.minimum(np.where(np.isfinite(rest), rest, 0.0), 0.0).sum(axis=1) / 2
+    crowd = int(np.bincount(placement).max())
+    depth = min(calls, max(_LEAST_DEPTH, crowd + _MORE_DEPTH))
+    share = _shared_costs(pair, window.allowed, depth)
     model = model_builder.Model()  # type: ignore[no-untyped-call]
     total = model_builder.LinearExpr.weighted_sum
     use: dict[tuple[int, int, int], model_builder.Variable] = {}
@@ -336,9 +392,7 @@ def _bound(window: Window, search: _Search, placement: Ints) -> float:
         for n, number in enumerate(numbers):
             row = [use[c, i, n] for c in users]
             most = float(calls if n == depth - 1 else n + 1)
-            model.add_linear_constraint(
-                total([*row, number], [*[1.0] * len(row), -most]), ub=0.0
-            )
+            model.add_linear_constraint(total([*row, number], [*[1.0] * len(row), -most]), ub=0.0)
             if n:
                 # n + 1 calls are there, each of them once.
                 model.add_linear_constraint(
@@ -352,23 +406,53 @@ def _bound(window: Window, search: _Search, placement: Ints) -> float:
     return value - _TRUST * abs(value) + fixed
 
 
-class _Model:
+def _shared_costs(pair: Floats, allowed: Bools, depth: int) -> Floats:
+    """Return what a call pays at least where n others are, by call, endpoint and n; (C, I, depth).
+
+    Any pair cost is a_c + a_d and a rest. Summed over the pairs of n + 1 calls the first part is n
+    times the sum of their a, exactly; of the rest each call pays half of its n least. The additive
+    part is the least-squares fit, which leaves little rest where it matters. The last n stands for
+    all larger ones.
+    """
+    calls = len(pair)
+    if calls < 2:
+        return np.zeros((calls, pair.shape[2], depth))
+    rows = pair.sum(axis=1)
+    own = (rows - rows.sum(axis=0) / (2 * (calls - 1))) / max(1, calls - 2)
+    if calls == 2:
+        own = rows / 2
+    rest = pair - own[:, None] - own[None]
+    rest[np.arange(calls), np.arange(calls)] = np.inf
+    rest = np.sort(np.where(allowed[None], rest, np.inf), axis=1)
+    rest = np.where(np.isfinite(rest), rest, 0.0)
+    number = np.arange(depth, dtype=np.float64)
+    sums = np.concatenate([np.zeros_like(rest[:, :1]), np.cumsum(rest[:, : depth - 1], axis=1)], 1)
+    share: Floats = own[:, :, None] * number + sums.transpose(0, 2, 1) / 2
+    if calls > depth:
+        # Beyond the last number, only what is negative may still be added.
+        more = np.minimum(rest[:, depth - 1 :], 0.0).sum(axis=1) / 2
+        share[:, :, -1] += more + np.minimum(own, 0.0) * (calls - depth)
+    return share
+
+
+class WindowModel:
     """The CP-SAT model: one literal per call and endpoint; delays bind only where both are."""
 
     def __init__(self, window: Window, hint: Ints, bound_s: float) -> None:
         self.cp = cp_model.CpModel()
-        samples, calls, endpoints = window.own_s.shape
+        samples, calls, _ = window.own_s.shape
         self._use = {
             (c, i): self.cp.new_bool_var("") for c, i in np.argwhere(window.allowed).tolist()
         }
         for c in range(calls):
-            self.cp.add_exactly_one(self._use[c, i] for i in np.flatnonzero(window.allowed[c]))
+            self.cp.add_exactly_one(
+                self._use[c, i] for i in np.flatnonzero(window.allowed[c]).tolist()
+            )
         own = np.rint((window.own_s + window.tail_s[:, None]) / _TICK_S).astype(np.int64)
         delay = np.rint(window.delay_s / _TICK_S).astype(np.int64)
         far = int(np.abs(own).max() + np.abs(delay).sum(axis=2).max()) + 1
         expr = cp_model.LinearExpr.weighted_sum
         terms: list[cp_model.LinearExprT] = []
-        finishes: list[tuple[cp_model.IntVar, list[int], list[int]]] = []
         rounding = 0.0
         for group in window.groups:
             weight = float(max(window.weight[c] for c in group))
@@ -391,13 +475,16 @@ class _Model:
                         )
                         row.only_enforce_if(self._use[c, i])
                 terms.append(round(1000 * weight) * last)
-                finishes.append((last, list(group), part))
-            rounding += (0.5 * calls * _TICK_S + 5e-4 * far * _TICK_S) * samples
+            # Half a tick per time, and half a thousandth of a weight.
+            rounding += (0.5 * weight * calls + 5e-4 * far) * _TICK_S
         imposed = np.rint(1000 * samples * window.theta * window.imposed_s / _TICK_S)
         terms += [int(imposed[c, i]) * literal for (c, i), literal in self._use.items()]
-        self._scale = 1000
-        self.slack_s = rounding / samples
-        self.cp.minimize(sum(terms))
+        self.unit_s = _TICK_S / (1000 * samples)
+        self.slack_s = rounding
+        total = sum(terms)
+        if math.isfinite(bound_s):
+            self.cp.add(total >= math.floor((bound_s - self.slack_s) / self.unit_s))
+        self.cp.minimize(total)
         for (c, i), literal in self._use.items():
             self.cp.add_hint(literal, int(hint[c] == i))
 

@@ -1,0 +1,80 @@
+"""`almanac bench-planner`: figures beside bars, and clear words about missing data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from planner.cli import bench_planner
+from planner.cli.main import main
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return a folder with one tiny instance of each kind."""
+    (tmp_path / "shop_scheduling").mkdir()
+    (tmp_path / "dag_sets").mkdir()
+    reference = {"ortools": {"status": "Optimal"}}
+    rows = {
+        "shop_scheduling/fjsp.jsonl": {
+            "instance": "1", "best_known": "5", "reference": reference, "n_machines": 2,
+            "jobs": [[[3, 0], [0, 2]], [[2, 2]]],
+        },
+        "shop_scheduling/hfsp.jsonl": {
+            "instance": "1", "best_known": "7", "reference": reference,
+            "times": [[2, 3], [2, 3]], "machines_per_stage": [1, 2],
+        },
+        "dag_sets/dagbench.jsonl": {
+            "id": "two", "tasks": [["a", 1.0], ["b", 1.0]], "edges": [["a", "b", 1.0]],
+            "nodes": [["x", 1.0], ["y", 1.0]], "links": [["x", "y", 1.0]],
+        },
+        "dag_sets/asynchow_plans.jsonl": {
+            "id": 1, "edges": [["1", "3"], ["2", "3"]], "critical_path_s_min_max": [4.0, 6.0],
+            "dur_s_min_max": {"3": [1.0, 1.0], "1": [3.0, 3.0], "2": [2.0, 5.0]},
+        },
+    }  # fmt: skip
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_published_instances_are_judged(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each figure has name, value, unit, bar and verdict; quick limits leave the verdict open."""
+    for name in ("_windows", "_fleet_plans", "_table"):
+        monkeypatch.setattr(bench_planner, name, lambda _: iter(()))
+    monkeypatch.setattr(bench_planner, "_growth", lambda *, quick: iter(()))
+    assert main(["bench-planner", "--data", str(data), "--quick", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert all(set(row) == {"name", "value", "unit", "bar", "holds"} for row in rows.values())
+    assert rows["asynchow_critical_paths_wrong"]["value"] == 0
+    assert rows["dagbench_worse_than_heft_cpop_peft"]["holds"] is True
+    assert rows["fjsp_gap_5s_1_instances"]["value"] == 0
+    assert rows["hfsp_gap_5s_1_instances"] | {"value": 0} == {
+        "name": "hfsp_gap_5s_1_instances", "value": 0, "unit": "%", "bar": 1.5, "holds": None,
+    }  # fmt: skip
+
+
+def test_speed_figures_are_there() -> None:
+    """A small share of the speed figures: windows, a fleet plan, the table."""
+    names = {row.name for row in bench_planner._table(1)}
+    assert names == {"table_lookup_p50", "table_memory_one_bucket"}
+    took, gap, built = bench_planner._fleet_plan(4, 3, 0, 0.5, 2.0)
+    assert took > 0
+    assert built > 0
+    assert 0 <= gap < 1
+
+
+def test_missing_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without the instances is bad input: which file, and what to do."""
+    assert main(["bench-planner", "--data", str(tmp_path)]) == 2
+    assert "fjsp.jsonl" in capsys.readouterr().err
+
+
+def test_a_peer_that_does_not_run_is_named(tmp_path: Path) -> None:
+    """An interpreter without PyJobShop is bad input."""
+    with pytest.raises(bench_planner.InvalidInput, match="--peer-python"):
+        bench_planner._peer(tmp_path / "python", [], 1.0)

@@ -1,0 +1,64 @@
+"""The relaxation bounds every plan, and rounding gives plans with room."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from planner.cli.bench_questions import random_fleet, random_workflow
+from planner.graph.sampling import scenarios
+from planner.solve.bounds import carried_rate_rps, critical_path_ticks
+from planner.solve.heuristics import greedy_solution
+from planner.solve.instance import Instance, build_instance
+from planner.solve.relaxation import relax
+from planner.solve.rounding import rounded_placements
+from planner.solve.solver import solve_instance
+from planner.solve.timing import Timing, build_timing
+
+from .small import EXACT, case, endpoint, fan, fleet
+
+
+def question(seed: int, load: float) -> tuple[Instance, Timing]:
+    """Return eight call sites on four endpoints at a share of what they carry."""
+    rng = np.random.default_rng(seed)
+    machines = random_fleet(4, rng)
+    workflow, estimates = random_workflow(8, rng)
+    estimate = estimates.workflows[workflow.content_hash]
+    runs = scenarios(workflow, estimate, 4, 0, defaults=estimates)
+
+    def at(rate: float) -> Instance:
+        return build_instance(
+            workflow, machines, estimates, runs, arrival_rate_rps=rate, run_classes=3
+        )
+
+    instance = at(load * carried_rate_rps(at(1.0)))
+    return instance, build_timing(instance)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("load", [0.3, 0.8])
+def test_rounded_plans_lie_above_the_bound(seed: int, load: float) -> None:
+    """Critical path <= relaxation <= rounded plan, which is near it and reproducible."""
+    instance, timing = question(seed, load)
+    relaxed = relax(instance, timing)
+    assert relaxed is not None
+    assert critical_path_ticks(instance, timing) <= relaxed.bound_ticks + 1
+    placements = rounded_placements(instance, timing, relaxed, relative_gap=0.05)
+    assert placements is not None
+    solution = greedy_solution(instance, timing, start=placements)
+    assert solution is not None
+    assert relaxed.bound_ticks <= solution.objective_ticks <= 1.25 * relaxed.bound_ticks
+    again = rounded_placements(instance, timing, relaxed, relative_gap=0.05)
+    assert np.array_equal(placements, again)
+
+
+def test_the_bound_holds_for_the_optimum() -> None:
+    """The proven optimum of a fan on unequal endpoints is not below the relaxation."""
+    small = case(fan("a", "b", "c", "d"), fleet(endpoint("e", slots=1), endpoint("f", 2.0)), 0.3,
+                 (20, 99, 60, 40), classes=3)  # fmt: skip
+    instance = small.instance()
+    relaxed = relax(instance, build_timing(instance))
+    result = solve_instance(instance, small.runs, budget=EXACT)
+    assert result.plan.status == "optimal"
+    assert relaxed is not None
+    assert relaxed.bound_ticks <= result.solution.objective_ticks
