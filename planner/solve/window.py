@@ -17,7 +17,7 @@ Bound: with multipliers that divide the weight of a join among its calls per sce
 becomes a sum, and what is left is an assignment with pairwise costs. There a call that shares its
 endpoint with n others pays at least what `_shared_costs` says; assigning calls and numbers of
 calls per endpoint jointly is a linear program. Without joins the bound is within a few per cent;
-with joins, where delays count for the last call only, it is far looser.
+with joins, where delays count for the last call only, it is looser.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ _TRUST = 1e-6
 _STEPS_PER_CALL = 4
 """Improving steps of the descent at most, per call."""
 _LEAST_GAIN_S = 1e-9
-_SPREADS = (0.01, 0.5)
-"""Spreads of the multipliers tried for the bound, relative to the mean finish."""
+_SPREAD = 0.05
+"""Spread of the bound's multipliers, relative to the mean finish."""
+_HEAVY = 0.5
+"""Weight, relative to the largest, from which on the bound counts a call as one to be delayed."""
 _LEAST_DEPTH = 6
 _MORE_DEPTH = 3
 """Numbers of calls on one endpoint that the bound tells apart: at least six, and three more than
@@ -180,10 +182,8 @@ def solve_window(window: Window, *, budget: Budget | None = None, seed: int = 0)
     best = search.descend(search.construct())
     cost = search.cost(best)
     mean_s = float(search.finishes(best[np.newaxis]).mean())
-    bound = max(
-        _bound(window, search.multipliers(best, spread * max(mean_s, _TICK_S)), best)
-        for spread in _SPREADS
-    )
+    weights = search.multipliers(best, _SPREAD * max(abs(mean_s), _TICK_S))
+    bound = _bound(window, weights, best)
     search_s = 0.0
     if cost - bound > budget.relative_gap * abs(cost):
         model = WindowModel(window, best, bound)
@@ -369,35 +369,38 @@ def _bound(window: Window, weights: Floats, placement: Ints) -> float:
     alone = np.einsum("sc,sci->ci", weights, window.own_s) / samples
     alone = alone + window.theta * window.imposed_s
     fixed = float((weights * window.tail_s).sum() / samples)
-    pair = _pair_costs(window, weights)
-    crowd = int(np.bincount(placement).max())
-    depth = min(calls, max(_LEAST_DEPTH, crowd + _MORE_DEPTH))
-    share = _shared_costs(pair, window.allowed, depth)
+    mean = weights.mean(axis=0)
+    heavy = mean >= _HEAVY * mean.max()
+    crowd = int(np.bincount(placement[heavy], minlength=1).max())
+    depth = min(int(heavy.sum()), max(_LEAST_DEPTH, crowd + _MORE_DEPTH))
+    share = _shared_costs(_pair_costs(window, weights), window.allowed, heavy, depth)
     model = model_builder.Model()  # type: ignore[no-untyped-call]
     total = model_builder.LinearExpr.weighted_sum
     use: dict[tuple[int, int, int], model_builder.Variable] = {}
     costs: list[float] = []
     for c, i in np.argwhere(window.allowed).tolist():
-        for n in range(depth):
+        for n in range(int(heavy[c]), depth + 1):
             use[c, i, n] = model.new_num_var(0.0, 1.0, "")
             costs.append(float(alone[c, i] + share[c, i, n]))
     for c in range(calls):
-        mine = [use[c, i, n] for i in np.flatnonzero(window.allowed[c]).tolist()
-                for n in range(depth)]  # fmt: skip
+        mine = [variable for (call, _, _), variable in use.items() if call == c]
         model.add_linear_constraint(total(mine, [1.0] * len(mine)), lb=1.0, ub=1.0)
     for i in range(endpoints):
+        numbers = [model.new_num_var(0.0, 1.0, "") for _ in range(depth + 1)]
+        model.add_linear_constraint(total(numbers, [1.0] * len(numbers)), ub=1.0)
         users = np.flatnonzero(window.allowed[:, i]).tolist()
-        numbers = [model.new_num_var(0.0, 1.0, "") for _ in range(depth)]
-        model.add_linear_constraint(total(numbers, [1.0] * depth), ub=1.0)
         for n, number in enumerate(numbers):
-            row = [use[c, i, n] for c in users]
-            most = float(calls if n == depth - 1 else n + 1)
-            model.add_linear_constraint(total([*row, number], [*[1.0] * len(row), -most]), ub=0.0)
-            if n:
-                # n + 1 calls are there, each of them once.
-                model.add_linear_constraint(
-                    total([*row, number], [*[1.0] * len(row), -float(n + 1)]), lb=0.0
-                )
+            for c in users:
+                if (c, i, n) in use:
+                    # Implied for heavy calls, but halves what the bound leaves open.
+                    model.add_linear_constraint(use[c, i, n] - number, ub=0.0)
+            row = [use[c, i, n] for c in users if heavy[c]] if n else []
+            if row:
+                # n heavy calls are there; the last number stands for all larger ones.
+                most = float(heavy.sum() if n == depth else n)
+                ones = [1.0] * len(row)
+                model.add_linear_constraint(total([*row, number], [*ones, -most]), ub=0.0)
+                model.add_linear_constraint(total([*row, number], [*ones, -float(n)]), lb=0.0)
     model.minimize(total(list(use.values()), costs))
     solver = model_builder.Solver("GLOP")
     if solver.solve(model) != model_builder.SolveStatus.OPTIMAL:
@@ -406,33 +409,51 @@ def _bound(window: Window, weights: Floats, placement: Ints) -> float:
     return value - _TRUST * abs(value) + fixed
 
 
-def _shared_costs(pair: Floats, allowed: Bools, depth: int) -> Floats:
-    """Return what a call pays at least where n others are, by call, endpoint and n; (C, I, depth).
+def _shared_costs(pair: Floats, allowed: Bools, heavy: Bools, depth: int) -> Floats:
+    """Return what a call pays at least on an endpoint with n heavy calls; (C, I, depth + 1).
 
-    Any pair cost is a_c + a_d and a rest. Summed over the pairs of n + 1 calls the first part is n
-    times the sum of their a, exactly; of the rest each call pays half of its n least. The additive
-    part is the least-squares fit, which leaves little rest where it matters. The last n stands for
-    all larger ones.
+    Heavy calls are those whose finish counts. Between two of them a pair cost is a_c + a_d and a
+    rest; summed over the pairs of n calls the first part is n - 1 times the sum of their a,
+    exactly, and of the rest each pays half of its n - 1 least. The a are the least-squares fit,
+    which leaves little rest. A light call pays its n least pair costs with heavy ones; what light
+    calls cost each other is left out unless they profit. The last n stands for all larger ones.
     """
-    calls = len(pair)
+    calls, _, endpoints = pair.shape
+    share: Floats = np.zeros((calls, endpoints, depth + 1))
     if calls < 2:
-        return np.zeros((calls, pair.shape[2], depth))
-    rows = pair.sum(axis=1)
-    own = (rows - rows.sum(axis=0) / (2 * (calls - 1))) / max(1, calls - 2)
-    if calls == 2:
+        return share
+    some, others = np.flatnonzero(heavy), np.flatnonzero(~heavy)
+    if len(some) > 1:
+        inner = pair[np.ix_(some, some)]
+        rows = inner.sum(axis=1)
         own = rows / 2
-    rest = pair - own[:, None] - own[None]
-    rest[np.arange(calls), np.arange(calls)] = np.inf
-    rest = np.sort(np.where(allowed[None], rest, np.inf), axis=1)
-    rest = np.where(np.isfinite(rest), rest, 0.0)
-    number = np.arange(depth, dtype=np.float64)
-    sums = np.concatenate([np.zeros_like(rest[:, :1]), np.cumsum(rest[:, : depth - 1], axis=1)], 1)
-    share: Floats = own[:, :, None] * number + sums.transpose(0, 2, 1) / 2
-    if calls > depth:
-        # Beyond the last number, only what is negative may still be added.
-        more = np.minimum(rest[:, depth - 1 :], 0.0).sum(axis=1) / 2
-        share[:, :, -1] += more + np.minimum(own, 0.0) * (calls - depth)
+        if len(some) > 2:
+            own = (rows - rows.sum(axis=0) / (2 * (len(some) - 1))) / (len(some) - 2)
+        rest = inner - own[:, None] - own[None]
+        rest[np.arange(len(some)), np.arange(len(some))] = np.inf
+        sums, more = _least_sums(rest, allowed[some], depth - 1)
+        number = np.arange(depth, dtype=np.float64)
+        share[some, :, 1:] = own[:, :, None] * number + sums / 2
+        share[some, :, -1] += more / 2 + np.minimum(own, 0.0) * (len(some) - depth)
+    if len(others):
+        sums, more = _least_sums(pair[np.ix_(others, some)], allowed[some], depth)
+        share[others] = sums
+        share[others, :, -1] += more
+        gain = np.minimum(pair[np.ix_(others, others)], 0.0).sum(axis=1) / 2
+        share[others] += gain[:, :, None]
     return share
+
+
+def _least_sums(costs: Floats, allowed: Bools, most: int) -> tuple[Floats, Floats]:
+    """Return sums of the 0 to ``most`` least of costs (c, d, I), and of the negative ones left.
+
+    Shapes (c, I, most + 1) and (c, I). Partners that are not ``allowed`` (d, I) do not count.
+    """
+    ranked = np.sort(np.where(allowed[None], costs, np.inf), axis=1)
+    ranked = np.where(np.isfinite(ranked), ranked, 0.0)
+    none = np.zeros_like(ranked[:, :1])
+    sums = np.concatenate([none, np.cumsum(ranked[:, :most], axis=1)], axis=1)
+    return sums.transpose(0, 2, 1), np.minimum(ranked[:, most:], 0.0).sum(axis=1)
 
 
 class WindowModel:
