@@ -10,17 +10,14 @@ from pathlib import Path
 
 from joblib import Parallel, delayed
 
-from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import parse_policy
 from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
-from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.trace import TraceRecord, save_trace
 from planner.metrics import RunMetrics, summarise
 from planner.report.results import PolicyResult, Results, SeedResult
-from planner.sim.experiment import Cell, PolicySetup, mean_latency_s, run_cell, tune
-from planner.sim.kernel import ClosedLoop
+from planner.sim.experiment import Cell, PolicySetup, World, mean_latency_s, run_cell, tune
 
 __all__ = [
     "COMPARED",
@@ -93,6 +90,17 @@ def policy_setups(text: str, table: DispatchTable | None) -> list[PolicySetup]:
     return setups
 
 
+def _cells(
+    setups: Sequence[PolicySetup], workloads: Mapping[int, Sequence[RunSpec]], world: World
+) -> list[Cell]:
+    """Return one cell per policy and seed, seed within policy."""
+    return [
+        Cell(setup=setup, seed=seed, runs=runs, world=world)
+        for setup in setups
+        for seed, runs in sorted(workloads.items())
+    ]
+
+
 def _mean(cell: Cell) -> float:
     return mean_latency_s(run_cell(cell))
 
@@ -100,12 +108,9 @@ def _mean(cell: Cell) -> float:
 def tune_setups(
     setups: Sequence[PolicySetup],
     workloads: Mapping[int, Sequence[RunSpec]],
-    fleet: Fleet,
-    forecaster: Forecaster,
+    world: World,
     *,
-    noise_cv: float,
     jobs: int,
-    clients: ClosedLoop | None = None,
 ) -> list[PolicySetup]:
     """Return the setups tuned on the given workloads (seed -> runs), all by the same score.
 
@@ -113,19 +118,7 @@ def tune_setups(
     """
 
     def score(candidates: Sequence[PolicySetup]) -> list[float]:
-        cells = [
-            Cell(
-                setup=setup,
-                seed=seed,
-                runs=runs,
-                fleet=fleet,
-                forecaster=forecaster,
-                noise_cv=noise_cv,
-                clients=clients,
-            )
-            for setup in candidates
-            for seed, runs in workloads.items()
-        ]
+        cells = _cells(candidates, workloads, world)
         means = Parallel(n_jobs=jobs)(delayed(_mean)(cell) for cell in cells)
         size = len(workloads)
         return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
@@ -145,35 +138,18 @@ def _measured(cell: Cell, folder: Path | None) -> tuple[RunMetrics, str | None]:
 def simulate_setups(
     setups: Sequence[PolicySetup],
     workloads: Mapping[int, Sequence[RunSpec]],
-    fleet: Fleet,
-    forecaster: Forecaster,
+    world: World,
     *,
     title: str,
     settings: Mapping[str, object],
-    noise_cv: float = 0.0,
-    dispatch_s: float = 0.0,
     jobs: int = 2,
     folder: Path | None = None,
-    clients: ClosedLoop | None = None,
 ) -> Results:
     """Simulate every policy on every workload (seed -> runs) and return the results.
 
-    ``folder``, if given, receives one trace per cell; ``clients`` makes it a closed loop.
+    ``folder``, if given, receives one trace per cell.
     """
-    cells = [
-        Cell(
-            setup=setup,
-            seed=seed,
-            runs=runs,
-            fleet=fleet,
-            forecaster=forecaster,
-            noise_cv=noise_cv,
-            dispatch_s=dispatch_s,
-            clients=clients,
-        )
-        for setup in setups
-        for seed, runs in sorted(workloads.items())
-    ]
+    cells = _cells(setups, workloads, world)
     outcomes: Iterable[tuple[RunMetrics, str | None]] = Parallel(
         n_jobs=jobs, return_as="generator"
     )(delayed(_measured)(cell, folder) for cell in cells)

@@ -30,7 +30,7 @@ from planner.domain.trace import load_trace
 from planner.domain.workflow import Workflow, save_workflow
 from planner.metrics import summarise
 from planner.report.results import PolicyResult, Results, SeedResult, save_results
-from planner.sim.experiment import PolicySetup
+from planner.sim.experiment import PolicySetup, World
 from planner.sim.workload import poisson_arrivals, sampled_workload
 
 if TYPE_CHECKING:
@@ -114,7 +114,12 @@ def run(args: argparse.Namespace) -> int:
     if table is not None:
         table.check_fleet(fleet, str(args.table))
     setups = policy_setups(args.policies, table)
-    forecaster = Forecaster(estimates, [workflow])
+    world = World(
+        fleet=fleet,
+        forecaster=Forecaster(estimates, [workflow]),
+        noise_cv=args.noise_cv,
+        dispatch_s=_DISPATCH_S,
+    )
 
     def workload(seed: int, count: int) -> tuple[RunSpec, ...]:
         rng = np.random.default_rng([seed, 7])
@@ -128,9 +133,7 @@ def run(args: argparse.Namespace) -> int:
             _TUNING_SEED + k: workload(_TUNING_SEED + k, args.simulated_runs)
             for k in range(args.tuning_seeds)
         }
-        setups = tune_setups(
-            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs
-        )
+        setups = tune_setups(setups, tuning, world, jobs=args.jobs)
     settings = {
         "fleet": fleet.name,
         "workflow": workflow.name,
@@ -151,12 +154,9 @@ def run(args: argparse.Namespace) -> int:
         return simulate_setups(
             setups,
             {seed: workload(seed, count) for seed in range(seeds)},
-            fleet,
-            forecaster,
+            world,
             title=title,
             settings={**settings, "seeds": seeds, "runs_per_seed": count},
-            noise_cv=args.noise_cv,
-            dispatch_s=_DISPATCH_S,
             jobs=args.jobs,
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -24,9 +24,13 @@ from planner.dispatch.table import DispatchTable, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable, load_estimates
 from planner.domain.fleet import Fleet, load_fleet
+from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow, load_workflow, save_workflow
+from planner.sim.disturbance import Disturbance
+from planner.sim.experiment import World
 from planner.sim.kernel import ClosedLoop
+from planner.sim.retention import Fate, FixedRetention
 from planner.sim.workload import (
     SessionCall,
     Times,
@@ -37,6 +41,7 @@ from planner.sim.workload import (
     run_from_session,
     sampled_workload,
     windowed_arrivals,
+    with_clients,
 )
 
 __all__ = ["register", "run"]
@@ -118,6 +123,23 @@ def register(subparsers: Any) -> None:
         "--dispatch-ms", type=float, default=0.5,
         help="decision time charged to each call (default: %(default)s ms)",
     )  # fmt: skip
+    world = parser.add_argument_group("what happens besides")
+    world.add_argument(
+        "--patience-s", type=float, metavar="S",
+        help="mean time after which clients give up and cancel (default: never)",
+    )  # fmt: skip
+    world.add_argument(
+        "--deadline-s", type=float, metavar="S", help="deadline of each run, kept in the traces"
+    )
+    world.add_argument(
+        "--retain", default="leave", metavar="FATE",
+        help="a run's KV while its tools run: leave (to the engine's LRU), pin, pin:SECONDS, "
+        "offload or drop (default: %(default)s)",
+    )  # fmt: skip
+    world.add_argument(
+        "--disturb", action="append", default=[], metavar="KIND:WORKER:FROM:TO[:FACTOR]",
+        help="slow, ramp or crash a worker from one second to another; may be repeated",
+    )  # fmt: skip
     add_comparison_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder for results.json, table and workflow")
     parser.add_argument("--keep-traces", action="store_true", help="also write every trace there")
@@ -150,25 +172,35 @@ def run(args: argparse.Namespace) -> int:
         else None
     )
     setups = policy_setups(args.policies, work.table)
-    forecaster = Forecaster(work.estimates, [work.workflow])
+    world = World(
+        fleet=fleet,
+        forecaster=Forecaster(work.estimates, [work.workflow]),
+        noise_cv=args.noise_cv,
+        dispatch_s=args.dispatch_ms * 1e-3,
+        clients=clients,
+        disturbances=_disturbances(args.disturb, fleet),
+        retention=_retention(args.retain),
+    )
 
     def workload(seed: int) -> tuple[RunSpec, ...]:
         rng = np.random.default_rng([seed, 7])
-        return work.draw(arrivals(rng), seed, rng)
+        runs = work.draw(arrivals(rng), seed, rng)
+        if args.deadline_s is None and args.patience_s is None:
+            return runs
+        tenants = [run.tenant for run in runs]
+        return with_clients(
+            runs, tenants, rng, deadline_s=args.deadline_s, patience_s=args.patience_s
+        )
 
     if not args.no_tune:
         tuning = {_TUNING_SEED + k: workload(_TUNING_SEED + k) for k in range(args.tuning_seeds)}
-        setups = tune_setups(
-            setups, tuning, fleet, forecaster, noise_cv=args.noise_cv, jobs=args.jobs,
-            clients=clients,
-        )  # fmt: skip
+        setups = tune_setups(setups, tuning, world, jobs=args.jobs)
     if args.keep_traces:
         (args.out / "traces").mkdir(parents=True, exist_ok=True)
     results = simulate_setups(
         setups,
         {seed: workload(seed) for seed in range(args.seeds)},
-        fleet,
-        forecaster,
+        world,
         title=f"{work.source} on fleet {fleet.name}, {args.arrivals} arrivals",
         settings={
             "fleet": fleet.name,
@@ -178,15 +210,16 @@ def run(args: argparse.Namespace) -> int:
             **_arrival_settings(args),
             "runs_per_seed": args.runs,
             "seeds": args.seeds,
+            "retain": args.retain,
+            "disturb": list(args.disturb),
+            "patience_s": args.patience_s,
+            "deadline_s": args.deadline_s,
             "noise_cv": args.noise_cv,
             "dispatch_ms_charged": args.dispatch_ms,
             "tuned": not args.no_tune,
         },
-        noise_cv=args.noise_cv,
-        dispatch_s=args.dispatch_ms * 1e-3,
         jobs=args.jobs,
         folder=args.out if args.keep_traces else None,
-        clients=clients,
     )
     if args.out:
         save_results(results, args.out)
@@ -235,6 +268,53 @@ def _check(args: argparse.Namespace) -> None:
         max_output_tokens=1, max_gap=0,
     )  # fmt: skip
     out_folder(args.out, "--out")
+
+
+def _retention(text: str) -> FixedRetention | None:
+    """Return the retention policy of ``leave``, ``drop``, ``offload``, ``pin`` or ``pin:S``."""
+    action, _, rest = text.partition(":")
+    if action == "leave" and not rest:
+        return None
+    try:
+        if action in ("drop", "offload") and not rest:
+            return FixedRetention(fate=Fate(action=cast("Literal['drop', 'offload']", action)))
+        if action == "pin":
+            return FixedRetention(fate=Fate(action="pin", ttl_s=float(rest or 300.0)))
+    except ValueError as error:
+        raise InvalidInput(f"{text!r}", where="--retain", remedy="use pin:SECONDS") from error
+    raise InvalidInput(
+        f"{text!r} is unknown", where="--retain", remedy="use leave, pin, pin:S, offload or drop"
+    )
+
+
+def _disturbances(texts: Sequence[str], fleet: Fleet) -> tuple[Disturbance, ...]:
+    """Return the disturbances written as ``kind:worker:from:to[:factor]``."""
+    found = []
+    for text in texts:
+        kind, *rest = text.split(":")
+        try:
+            worker, *numbers = rest
+            from_s, to_s, *more = map(float, numbers)
+            (factor,) = more or [1.0]
+        except ValueError as error:
+            raise InvalidInput(
+                f"{text!r}", where="--disturb", remedy="write KIND:WORKER:FROM:TO[:FACTOR]"
+            ) from error
+        if kind not in ("slow", "ramp", "crash"):
+            raise InvalidInput(
+                f"{kind!r} is unknown", where="--disturb", remedy="use slow, ramp or crash"
+            )
+        fleet.index_of(EndpointId(worker))
+        found.append(
+            Disturbance(
+                endpoint=worker,
+                kind=cast("Literal['slow', 'ramp', 'crash']", kind),
+                from_s=from_s,
+                to_s=to_s,
+                factor=factor,
+            )
+        )
+    return tuple(found)
 
 
 def _sampled(args: argparse.Namespace, fleet: Fleet) -> _Work:

@@ -17,9 +17,11 @@ from planner.dispatch.table import DispatchTable, Tuning
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.trace import RunRecord, TraceRecord
+from planner.sim.disturbance import Disturbance
 from planner.sim.kernel import ClosedLoop, simulate
+from planner.sim.retention import Retention
 
-__all__ = ["GRIDS", "Cell", "PolicySetup", "mean_latency_s", "run_cell", "tune"]
+__all__ = ["GRIDS", "Cell", "PolicySetup", "World", "mean_latency_s", "run_cell", "tune"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,31 +68,51 @@ class PolicySetup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """What is the same for every policy of an experiment.
+
+    Parameters
+    ----------
+    fleet, forecaster
+        The endpoints, and what policies may believe.
+    noise_cv, dispatch_s, clients, disturbances, retention
+        See `simulate`.
+    """
+
+    fleet: Fleet
+    forecaster: Forecaster
+    noise_cv: float = 0.0
+    dispatch_s: float = 0.0
+    clients: ClosedLoop | None = None
+    disturbances: tuple[Disturbance, ...] = ()
+    retention: Retention | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One policy on one seed's runs."""
 
     setup: PolicySetup
     seed: int
     runs: Sequence[RunSpec]
-    fleet: Fleet
-    forecaster: Forecaster
-    noise_cv: float = 0.0
-    dispatch_s: float = 0.0
-    clients: ClosedLoop | None = None
+    world: World
 
 
 def run_cell(cell: Cell, timer: Callable[[], float] | None = None) -> list[TraceRecord]:
     """Return the records of one cell."""
+    world = cell.world
     return simulate(
         cell.runs,
-        cell.fleet,
+        world.fleet,
         cell.setup.make(cell.seed),
-        cell.forecaster,
+        world.forecaster,
         seed=cell.seed,
-        noise_cv=cell.noise_cv,
-        dispatch_s=cell.dispatch_s,
+        noise_cv=world.noise_cv,
+        dispatch_s=world.dispatch_s,
         timer=timer,
-        clients=cell.clients,
+        clients=world.clients,
+        disturbances=world.disturbances,
+        retention=world.retention,
     )
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from planner.cli import simulate as module
 from planner.cli.main import main
+from planner.domain.errors import InvalidInput
+from planner.domain.files import data_dir
+from planner.domain.fleet import load_fleet
 
 DATA = Path(__file__).resolve().parents[3] / "data"
 WORK = (
@@ -81,3 +85,30 @@ def test_an_impossible_folder_is_refused_before_the_work(
     words = (*WORK, "--policies", "random", "--out", str(tmp_path / "file/x"), "--keep-traces")
     assert simulate(DATA / "fleets/demo.yaml", *words) == 2
     assert capsys.readouterr().err.strip().endswith("is not a folder; choose another path")
+
+
+def test_retention_and_disturbances_are_read() -> None:
+    """Each form is understood, and the crash of a worker shows in the results' settings."""
+    fleet = load_fleet(data_dir() / "fleets" / "demo.yaml")
+    assert module._retention("leave") is None
+    assert module._retention("pin:20").fate.ttl_s == 20.0  # type: ignore[union-attr]
+    assert module._retention("drop").fate.action == "drop"  # type: ignore[union-attr]
+    (crash, slow) = module._disturbances(["crash:h100:5:9", "slow:l4:0:60:2.5"], fleet)
+    assert (crash.endpoint, crash.from_s, crash.to_s) == ("h100", 5.0, 9.0)
+    assert slow.factor == 2.5
+
+
+@pytest.mark.parametrize("text", ["crash", "crash:h100:a:9", "crash:h100:9:5", "melt:h100:1:2",
+                                  "slow:nobody:1:2", "slow:h100:1:2:3:4"])  # fmt: skip
+def test_bad_disturbances_are_bad_input(text: str) -> None:
+    """A disturbance that cannot be is refused with a remedy."""
+    fleet = load_fleet(data_dir() / "fleets" / "demo.yaml")
+    with pytest.raises(InvalidInput):
+        module._disturbances([text], fleet)
+
+
+@pytest.mark.parametrize("text", ["keep", "pin:soon", "pin:-1", "drop:3"])
+def test_bad_retention_is_bad_input(text: str) -> None:
+    """An unknown fate is refused with the known ones."""
+    with pytest.raises(InvalidInput):
+        module._retention(text)
