@@ -25,6 +25,7 @@ __all__ = [
     "ComparisonTable",
     "Verdict",
     "compare",
+    "lost_runs",
     "seeds_note",
 ]
 
@@ -104,6 +105,7 @@ class ComparisonRow:
     seeds: int
     runs: int
     failed_runs: int
+    cancelled_runs: int
     values: tuple[Spread | None, ...]
     comparisons: tuple[Comparison | None, ...]
 
@@ -115,6 +117,7 @@ class ComparisonRow:
             "seeds": self.seeds,
             "runs": self.runs,
             "failed_runs": self.failed_runs,
+            "cancelled_runs": self.cancelled_runs,
             "metrics": {
                 column.metric: None if value is None else value._asdict()
                 for column, value in zip(COLUMNS, self.values, strict=True)
@@ -154,6 +157,7 @@ def compare(results: Results) -> ComparisonTable:
                 seeds=len(policy.seeds),
                 runs=sum(one.metrics.runs for one in policy.seeds),
                 failed_runs=sum(one.metrics.failed_runs for one in policy.seeds),
+                cancelled_runs=sum(one.metrics.cancelled_runs for one in policy.seeds),
                 values=tuple(values),
                 comparisons=tuple(
                     None if baseline is None else _against(baseline, policy, metric)
@@ -189,6 +193,12 @@ def _against(baseline: PolicyResult, policy: PolicyResult, metric: str) -> Compa
     return Comparison(
         metric=metric, baseline=baseline.label, difference=difference, pairs=len(shared)
     )
+
+
+def lost_runs(row: ComparisonRow) -> str:
+    """Return how many runs of a policy did not end well, in words; empty if all did."""
+    lost = ((row.failed_runs, "failed"), (row.cancelled_runs, "cancelled by their clients"))
+    return ", ".join(f"{count} {how}" for count, how in lost if count)
 
 
 def seeds_note(table: ComparisonTable) -> str:

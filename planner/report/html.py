@@ -32,6 +32,7 @@ from planner.report.comparison import (
     Comparison,
     ComparisonTable,
     compare,
+    lost_runs,
     seeds_note,
 )
 from planner.report.results import PolicyResult, Results, load_results
@@ -395,9 +396,9 @@ def _notes_section(results: Results, table: ComparisonTable) -> str:
         "the baseline."
     )
     notes += [
-        f"{row.label}: {row.failed_runs} failed runs; latencies are of the runs that ended well."
+        f"{row.label}: runs {lost_runs(row)}; latencies are of the runs that ended well."
         for row in table.rows
-        if row.failed_runs
+        if lost_runs(row)
     ]
     extra = results.settings.get("notes", ())
     notes += [str(note) for note in (extra if isinstance(extra, (list, tuple)) else [extra])]

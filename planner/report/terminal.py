@@ -12,6 +12,7 @@ from planner.report.comparison import (
     Column,
     Comparison,
     compare,
+    lost_runs,
     seeds_note,
 )
 from planner.report.results import Results
@@ -80,9 +81,9 @@ def results_table(results: Results) -> str:
         f"{seeds} seed{'s' if seeds > 1 else ''}"
         + ("; ± is the standard deviation over seeds" if seeds > 1 else "")
     ]
-    failed = [f"{row.label} {row.failed_runs}" for row in table.rows if row.failed_runs]
-    if failed:
-        notes.append(f"failed runs: {', '.join(failed)}")
+    lost = [f"{row.label} {lost_runs(row)}" for row in table.rows if lost_runs(row)]
+    if lost:
+        notes.append(f"runs not counted above: {'; '.join(lost)}")
     if any(table.best):
         notes.append(
             "vs best baseline: mean relative difference of paired seeds with its 95 % bootstrap "

@@ -77,7 +77,7 @@ def test_a_policy_without_a_good_run_has_a_row_of_dashes() -> None:
         ),
     )
     text = results_table(replace(made, policies=(broken, *made.policies[1:])))
-    assert "failed runs: round_robin 15" in text
+    assert "round_robin 15 failed" in text
     row = next(line for line in text.splitlines() if line.startswith("round_robin"))
     assert set(row.split()[1:]) == {"-"}
 
