@@ -23,12 +23,15 @@ from planner.domain.schedule import Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
 from planner.solve.flow import flow_schedule
 from planner.solve.list_schedules import LIST_SCHEDULES
+from planner.solve.shop import shop_schedule
 
 __all__ = ["ScheduleResult", "solve_schedule"]
 
 _FLOW_SHARE = 0.7
-"""Share of the budget that flow shops spend on local search: intervals rarely improve on it."""
-_STEPS_PER_S = 15_000
+_SHOP_SHARE = 0.4
+"""Shares of the budget that flow and job shops spend on local search."""
+_FLOW_STEPS_PER_S = 15_000
+_SHOP_VISITS_PER_S = 2_000_000
 _SMALL = 60
 
 
@@ -66,17 +69,16 @@ def solve_schedule(
     starts = [rule(question) for rule in LIST_SCHEDULES.values()]
     if hint is not None:
         starts.append(hint)
-    flow = flow_schedule(question, effort=_flow_effort(question, budget), seed=seed)
-    if flow is not None:
-        starts.append(flow)
     best = min(starts, key=lambda one: one.objective)
+    found, share = _searched(question, best, budget, seed)
+    best = min(found, best, key=lambda one: one.objective)
     if not question.activities:
         return ScheduleResult(schedule=best, status="optimal", search_s=0.0)
     model = _Model(question, best)
     solver = cp_model.CpSolver()
     budget.apply(solver, seed)
-    if flow is not None and budget.wall_s is not None:
-        solver.parameters.max_time_in_seconds = budget.wall_s * (1 - _FLOW_SHARE)
+    if budget.wall_s is not None:
+        solver.parameters.max_time_in_seconds = budget.wall_s * (1 - share)
     status = solver.solve(model.cp)
     if status == cp_model.MODEL_INVALID:
         raise ModelInvalid(f"CP-SAT refused the schedule model: {model.cp.validate()}")
@@ -92,12 +94,25 @@ def solve_schedule(
     )
 
 
-def _flow_effort(question: ScheduleQuestion, budget: Budget) -> float:
-    """Return the steps of the flow-shop search that take its share of the budget, roughly."""
+def _searched(
+    question: ScheduleQuestion, start: Schedule, budget: Budget, seed: int
+) -> tuple[Schedule, float]:
+    """Return what local search makes of a schedule, and the share of the budget it took, roughly.
+
+    Small questions are left to the solver, which is done before local search would pay.
+    """
     limit_s = budget.wall_s if budget.wall_s is not None else budget.deterministic
-    # A small question is solved exactly before local search would pay.
-    share = _FLOW_SHARE if len(question.activities) > _SMALL else 0.01
-    return (limit_s or 0.0) * share * _STEPS_PER_S
+    if limit_s is None or len(question.activities) <= _SMALL:
+        return start, 0.0
+    effort = limit_s * _FLOW_SHARE * _FLOW_STEPS_PER_S
+    found = flow_schedule(question, effort=effort, seed=seed)
+    if found is not None:
+        return found, _FLOW_SHARE
+    effort = limit_s * _SHOP_SHARE * _SHOP_VISITS_PER_S
+    found = shop_schedule(question, start, effort=effort, seed=seed)
+    if found is not None:
+        return found, _SHOP_SHARE
+    return start, 0.0
 
 
 class _Model:

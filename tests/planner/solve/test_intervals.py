@@ -17,6 +17,7 @@ from planner.solve.flow import flow_schedule
 from planner.solve.intervals import ScheduleResult, solve_schedule
 from planner.solve.list_schedules import LIST_SCHEDULES, heft
 from planner.solve.public import dagbench_question, fjsp_question, hfsp_question
+from planner.solve.shop import shop_schedule
 from planner.verify_schedule import schedule_objective, verify_schedule
 
 EXACT = Budget.reproducible(deterministic=10.0, relative_gap=0.0)
@@ -250,3 +251,21 @@ def test_what_is_no_flow_shop_is_left_alone() -> None:
     shop = fjsp_question({"n_machines": 2, "jobs": [[[3, 0], [0, 2]], [[0, 2], [2, 0]]]})
     assert flow_schedule(shop, effort=10) is None
     assert flow_schedule(topcuoglu(), effort=10) is None
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000))
+def test_job_shops_are_improved_by_reinsertion(seed: int) -> None:
+    """From HEFT's schedule the walk only improves, stays valid, and is near the optimum."""
+    rng = np.random.default_rng(seed)
+    jobs = np.where(rng.random((4, 3, 3)) < 0.6, rng.integers(1, 20, (4, 3, 3)), 0)
+    jobs[:, :, 0] = np.maximum(jobs[:, :, 0], 1)
+    question = fjsp_question({"n_machines": 3, "jobs": jobs.tolist()})
+    question = replace(question, slots=(1, 2, 1))
+    start = heft(question)
+    found = shop_schedule(question, start, effort=5e4, seed=1)
+    assert found is not None
+    assert verify_schedule(question, found) == ()
+    assert found == shop_schedule(question, start, effort=5e4, seed=1)
+    best = solved(question).schedule.objective
+    assert best <= found.objective <= min(start.objective, 1.1 * best + 1)
