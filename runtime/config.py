@@ -8,6 +8,8 @@ from planner.domain.errors import InvalidInput
 
 __all__ = ["GatewayConfig"]
 
+_MAY_BE_ZERO = frozenset({"retries", "hold_limit", "seed", "drain_s", "online"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
@@ -33,6 +35,8 @@ class GatewayConfig:
         Time given to calls in flight when the gateway is stopped.
     seed
         Of policies that draw at random, and of the scenarios behind criticalities.
+    online
+        Whether latency rows, lengths and finish forecasts follow what finished calls show.
     admin_key
         Key of the admin routes; None turns them off.
     """
@@ -50,12 +54,13 @@ class GatewayConfig:
     max_body_bytes: int = 64 * 2**20
     drain_s: float = 20.0
     seed: int = 0
+    online: bool = True
     admin_key: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name in ("retries", "hold_limit", "seed", "drain_s") else 1e-9
+            least = 0 if field.name in _MAY_BE_ZERO else 1e-9
             if isinstance(value, (int, float)) and not least <= value < float("inf"):
                 raise InvalidInput(
                     f"{value!r} is out of range",

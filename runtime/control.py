@@ -10,15 +10,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from planner.dispatch.events import Call, RunEnded, RunStarted
 from planner.dispatch.forecast import Forecaster
+from planner.dispatch.learning import Kept
 from planner.dispatch.policies import Policy, make_policy, parse_policy
 from planner.dispatch.policies.planned import Planned
 from planner.dispatch.router import Router
 from planner.dispatch.table import DispatchTable
+from planner.domain.calibration import QuantileTracker
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
@@ -341,11 +344,19 @@ class Control:
 
     def metrics_text(self) -> str:
         """Return the Prometheus exposition."""
-        return self.metrics.render(self.router.view, held=self.router.held, runs=len(self.runs))
+        learner = self.router.learner
+        return self.metrics.render(
+            self.router.view,
+            held=self.router.held,
+            runs=len(self.runs),
+            learned=learner.rows if learner else (),
+        )
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the router knows and how good its forecasts are, JSON-ready."""
+        lengths = self.router.lengths
         return {
+            "online": self.config.online,
             "policy": self.policy_text,
             "table_version": self._table_version,
             "estimates_version": self._forecaster.estimates.version,
@@ -358,6 +369,7 @@ class Control:
             "runs_active": len(self.runs),
             "workflows": {key: one.name for key, one in self._workflows.items()},
             "forecast": self._errors.to_json(),
+            "lengths": [kept.to_json() for kept in lengths.kept] if lengths else [],
             "endpoints": [
                 {
                     "id": state.endpoint.id,
@@ -369,12 +381,26 @@ class Control:
                     "prefill_tokens": round(state.prefill_tokens, 1),
                     "context_tokens": round(state.context_tokens, 1),
                     "prefix_tokens": round(state.prefix.held_tokens, 1),
+                    "latency": self._latency(state.index),
                 }
                 for state in self.router.view.states
             ],
         }
 
     # Inside
+
+    def _latency(self, index: int) -> dict[str, Any]:
+        """Return the row in use, and how it came about where it is learned online."""
+        state, learner = self.router.view.states[index], self.router.learner
+        facts: dict[str, Any] = {"row": asdict(state.latency)}
+        if learner is not None:
+            row = learner.rows[index]
+            facts |= {
+                "observations": row.observations,
+                "drift_ratio": round(row.ratio, 4),
+                "drifting": row.drifting,
+            }
+        return facts
 
     def _new_dispatcher(self, text: str) -> Dispatcher:
         name, parameters = parse_policy(text)
@@ -385,7 +411,7 @@ class Control:
         else:
             policy = make_policy(name, seed=self.config.seed, **parameters)
         dispatcher = Dispatcher(
-            Router(self.fleet, policy, self._forecaster),
+            Router(self.fleet, policy, self._forecaster, online=self.config.online),
             self.clock,
             self._ended,
             table_version=self._table_version if name == Planned.name else "",
@@ -445,9 +471,10 @@ def _status(event: dict[str, Any]) -> str:
 class _ErrorStats:
     """Forecast against actual service of the calls that ended well, in engine seconds."""
 
-    __slots__ = ("_absolute_s", "_actual_s", "_calls", "_signed_s")
+    __slots__ = ("_absolute_s", "_actual_s", "_calls", "_kept", "_signed_s")
 
     def __init__(self) -> None:
+        self._kept = [Kept(QuantileTracker(level=level)) for level in (0.5, 0.9)]
         self._calls = 0
         self._signed_s = self._absolute_s = self._actual_s = 0.0
 
@@ -459,12 +486,19 @@ class _ErrorStats:
         self._signed_s += error_s
         self._absolute_s += abs(error_s)
         self._actual_s += record.finish_s - record.sent_s
+        for kept in self._kept:
+            kept.update(
+                max(0.0, record.predicted_finish_s - record.sent_s),
+                record.finish_s - record.sent_s,
+            )
 
-    def to_json(self) -> dict[str, float | int | None]:
+    def to_json(self) -> dict[str, Any]:
         calls = self._calls
         return {
             "calls": calls,
             "mean_actual_s": self._actual_s / calls if calls else None,
             "mean_error_s": self._signed_s / calls if calls else None,
             "mean_absolute_error_s": self._absolute_s / calls if calls else None,
+            # How often a call was done by its forecast, and by it as corrected to that level.
+            "quantiles": [kept.to_json() for kept in self._kept],
         }

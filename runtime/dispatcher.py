@@ -73,7 +73,7 @@ class Ticket:
         """Note that the first byte of the answer came; later ones change nothing."""
         if self._first_token_s is None:
             self._first_token_s = self._dispatcher.clock.now_s()
-            self._tell_first_token()
+            self._tell_first_token(seen=True)
 
     def expect_first_token(self) -> None:
         """Tell the router of the first token when it is due, unseen.
@@ -90,12 +90,12 @@ class Ticket:
                 dispatcher.clock.wall_s(due_s), self._tell_first_token
             )
 
-    def _tell_first_token(self) -> None:
+    def _tell_first_token(self, *, seen: bool = False) -> None:
         if not self._told and not self.settled:
             self._told = True
             dispatcher = self._dispatcher
             dispatcher.router.handle(
-                FirstToken(call_id=self.call.call_id, now_s=dispatcher.clock.now_s())
+                FirstToken(call_id=self.call.call_id, now_s=dispatcher.clock.now_s(), seen=seen)
             )
 
     def finish(

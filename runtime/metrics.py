@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from planner.dispatch.online import OnlineLatency
 from planner.dispatch.view import FleetView
 from runtime.prometheus import Counter, Gauge, Histogram, Registry
 
@@ -36,18 +39,34 @@ class GatewayMetrics:
         self.events = Counter("almanac_events_total", "Lifecycle events", ("type", "taken"))
         self.active = Gauge("almanac_worker_requests_active", "Calls in flight", ("endpoint",))
         self.health = Gauge("almanac_worker_health", "1 up, 0 down", ("endpoint",))
+        self.drift = Gauge(
+            "almanac_worker_drift_ratio",
+            "Observed over expected seconds of late, 1 as learned at first",
+            ("endpoint",),
+        )
+        self.drifting = Gauge(
+            "almanac_worker_drifting", "1 if slower than it was for long", ("endpoint",)
+        )
         self.queue = Gauge("almanac_queue_depth", "Calls held in the router")
         self.runs = Gauge("almanac_program_active", "Runs in progress")
         self._registry = Registry(
             (
                 self.requests, self.duration, self.ttft, self.overhead, self.decisions,
                 self.selected, self.outcomes, self.retries, self.events, self.active, self.health,
-                self.queue, self.runs,
+                self.drift, self.drifting, self.queue, self.runs,
             )
         )  # fmt: skip
 
-    def render(self, view: FleetView, *, held: int, runs: int) -> str:
-        """Return the exposition text, with the gauges as they are now."""
+    def render(
+        self, view: FleetView, *, held: int, runs: int, learned: Sequence[OnlineLatency] = ()
+    ) -> str:
+        """Return the exposition text, with the gauges as they are now.
+
+        ``learned`` are the endpoints' learners in the view's order, or nothing.
+        """
+        for state, row in zip(view.states, learned, strict=False):
+            self.drift.set(row.ratio, state.endpoint.id)
+            self.drifting.set(float(row.drifting), state.endpoint.id)
         for state in view.states:
             self.active.set(state.in_flight, state.endpoint.id)
             self.health.set(float(state.healthy), state.endpoint.id)

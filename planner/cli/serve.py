@@ -78,6 +78,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="exit with 1 if an endpoint does not answer at the start, instead of waiting for it",
     )
+    parser.add_argument(
+        "--online",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="let latency, lengths and finish forecasts follow the calls that finish (default: on)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of policies that draw at random")
     parser.set_defaults(run=run)
 
@@ -104,7 +110,10 @@ def run(args: argparse.Namespace) -> int:
         policy=args.policy,
         table=table,
         config=GatewayConfig(
-            dilation=args.dilation, seed=args.seed, admin_key=_admin_key(args.admin_key_env)
+            dilation=args.dilation,
+            seed=args.seed,
+            online=args.online,
+            admin_key=_admin_key(args.admin_key_env),
         ),
     )
     if args.trace is not None:

@@ -104,10 +104,11 @@ class PrefillFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
-    """The first token of a call came back."""
+    """The first token of a call came back; ``seen`` is False where it is only due."""
 
     call_id: str
     now_s: float
+    seen: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

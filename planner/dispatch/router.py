@@ -10,7 +10,7 @@ House rules
 * Whatever a call was counted for is given back on every way out.
 * Held calls are sent oldest run first when an endpoint comes up.
 * With prefill/decode pools a call is counted at both ends from the start; its prefill endpoint
-  stops counting it when its part is done.
+  stops counting it when its part is done. Rows are not learned from such calls.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from planner.dispatch.events import (
     Send,
 )
 from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.learning import CorrectedForecaster, FleetLearner
 from planner.dispatch.pairing import decode_s, entries, pair, prefill_only
 from planner.dispatch.policies.base import Policy, Ready, cost_of
 from planner.dispatch.view import EndpointState, FleetView, Resident
@@ -83,12 +84,18 @@ class Router:
         Chooses among healthy candidates.
     forecaster
         Forecasts for the policy. Its latency coefficients override those of the fleet file.
+    online
+        Whether latency rows and lengths follow what finished calls show, see
+        `planner.dispatch.learning`. Each router starts from the forecasts as given.
     """
 
-    def __init__(self, fleet: Fleet, policy: Policy, forecaster: Forecaster) -> None:
+    def __init__(
+        self, fleet: Fleet, policy: Policy, forecaster: Forecaster, *, online: bool = False
+    ) -> None:
         self.fleet = fleet
         self.policy = policy
-        self.forecaster = forecaster
+        self.lengths = CorrectedForecaster(forecaster) if online else None
+        self.forecaster = self.lengths or forecaster
         learned = forecaster.estimates.endpoints
         self.view = FleetView(
             [
@@ -96,6 +103,7 @@ class Router:
                 for index, endpoint in enumerate(fleet.endpoints)
             ]
         )
+        self.learner = FleetLearner(self.view.states) if online else None
         self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
         self._states: dict[str, CallState] = {}
         self._calls: dict[str, Call] = {}
@@ -176,6 +184,10 @@ class Router:
         if decode is None:
             self._reside(call, state, forecast, uncached, event.now_s)
             self._where[call.call_id] = state
+            if self.learner is not None:
+                self.learner.sent(
+                    call, state, cost.cached_tokens, forecast.output_tokens, event.now_s
+                )
         else:
             self._reside(call, state, prefill_only(forecast), uncached, event.now_s)
             self._reside(call, decode, forecast, 0.0, event.now_s)
@@ -219,13 +231,29 @@ class Router:
         if after is not None:
             self._states[call_id] = after
             self._where[call_id].first_token(call_id, event.now_s)
+            if self.learner is not None and isinstance(event, FirstToken):
+                self.learner.first_token(call_id, event.now_s, seen=event.seen)
             return
         del self._states[call_id]
         self._held.pop(call_id, None)
-        self._calls.pop(call_id, None)
+        call = self._calls.pop(call_id, None)
         where = self._where.pop(call_id, None)
         if where is not None:
             where.remove(call_id)
+        self._learn(event, call)
+
+    def _learn(self, event: Event, call: Call | None) -> None:
+        """Learn from a call that is over; ``call`` is None if it was never sent.
+
+        An answer of no tokens is an embedding, or one whose length is unknown: nothing to learn.
+        """
+        if self.learner is None or self.lengths is None or call is None:
+            return
+        if isinstance(event, CallFinished) and event.output_tokens >= 1:
+            self.learner.finished(event)
+            self.lengths.observe(call, event.output_tokens)
+        else:
+            self.learner.gone(call.call_id, event.now_s)
 
     def _release(self, now_s: float) -> list[Command]:
         waiting = sorted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import asdict
 
 import httpx
 import openai
@@ -109,6 +110,35 @@ async def test_many_streams_at_once_leave_nothing_behind(stack):
         assert 'almanac_requests_total{model="m",status="200"} 40' in text
         assert 'almanac_worker_requests_active{endpoint="e0"} 0' in text
         assert 'almanac_decisions_total{policy="power_of_two",reason="load"} 40' in text
+
+
+@pytest.mark.parametrize("online", [True, False])
+async def test_endpoints_are_learned_from_live_calls_unless_told_not_to(stack, online):
+    """Served calls, streamed or not, teach the endpoint's row; without online it stays as given."""
+    async with stack(1, config={"online": online}) as s, client(s) as ask:
+        given = s.control.fleet.endpoints[0].latency
+        for number in range(4):
+            answer = await ask.chat.completions.create(
+                model="m", messages=user(f"w{number}"), extra_body=xargs(20), stream=number % 2 == 0
+            )
+            if number % 2 == 0:
+                assert len([chunk async for chunk in answer]) == 21
+        facts = s.control.diagnostics()
+        (endpoint,) = facts["endpoints"]
+        text = s.control.metrics_text()
+        assert facts["online"] is online
+        assert (s.control.router.view.states[0].latency == given) is not online
+        if online:
+            # First token and decode of two streams, two answers as a whole.
+            assert endpoint["latency"]["observations"] == 6
+            assert endpoint["latency"]["drifting"] is False
+            assert 'almanac_worker_drift_ratio{endpoint="e0"} 1' in text
+            assert [row["seen"] for row in facts["lengths"]] == [4, 4]
+        else:
+            assert endpoint["latency"] == {"row": asdict(given)}
+            assert "almanac_worker_drift_ratio{" not in text
+        assert [row["level"] for row in facts["forecast"]["quantiles"]] == [0.5, 0.9]
+        json.dumps(facts)
 
 
 async def test_leaving_a_stream_reaches_the_engine(stack, until):
