@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from planner.dispatch.arrival import ArrivalForecast
 from planner.dispatch.events import Call, RunEnded, RunStarted
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.learning import Kept
@@ -26,7 +27,8 @@ from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
 from planner.domain.trace import CallRecord, TraceRecord
-from planner.domain.workflow import START, Workflow
+from planner.domain.workflow import Workflow
+from planner.graph.sampling import scenarios
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.dispatcher import Dispatcher, Moved, Ticket
@@ -40,6 +42,9 @@ from runtime.traces import TraceWriter
 __all__ = ["Control"]
 
 _log = logging.getLogger(__name__)
+
+_ARRIVAL_RUNS = 32
+"""Sampled runs behind the forecast of a run at its arrival."""
 
 
 class Control:
@@ -98,7 +103,8 @@ class Control:
         self._forecaster = Forecaster(estimates or EstimateTable(), seed=self.config.seed)
         self._workflows: dict[str, Workflow] = {}
         self._by_name: dict[str, Workflow] = {}
-        self._predicted_s: dict[str, float | None] = {}
+        self._arrivals: dict[str, ArrivalForecast] = {}
+        self._runs_kept: dict[str, Kept] = {}
         for workflow in workflows:
             self.add_workflow(workflow)
         self._table: DispatchTable | None = None
@@ -137,6 +143,7 @@ class Control:
         old, self._dispatcher = self._dispatcher, fresh
         self.policy_text = text
         self._errors = _ErrorStats()
+        self._runs_kept.clear()
         old.move_held()
 
     def set_table(self, table: DispatchTable) -> None:
@@ -185,7 +192,16 @@ class Control:
             return
         self._forecaster.add_workflow(workflow, seed=self.config.seed)
         self._workflows[key] = workflow
-        self._predicted_s[key] = self._run_forecast(workflow)
+        estimate = self._forecaster.estimates.workflows.get(key)
+        if estimate is not None:
+            runs = scenarios(
+                workflow,
+                estimate,
+                _ARRIVAL_RUNS,
+                self.config.seed,
+                defaults=self._forecaster.estimates,
+            )
+            self._arrivals[key] = ArrivalForecast(runs, self.fleet)
 
     def close(self) -> None:
         """Write the records of runs still open, and close the trace."""
@@ -229,13 +245,20 @@ class Control:
             # Known names are accepted too; of anything else the client's word is kept as hash.
             workflow = self._workflows.get(given) or self._by_name.get(given)
             key = workflow.content_hash if workflow else given
+            forecast_s = self._run_forecast(key)
+            kept = self._runs_kept.get(key)
             run = Run(
                 run_id=identity.run_id,
                 workflow=workflow.name if workflow else "",
                 workflow_hash=key,
                 session_id=identity.session_id,
                 arrival_s=now_s,
-                predicted_s=self._predicted_s.get(key),
+                forecast_s=forecast_s,
+                predicted_s=(
+                    forecast_s
+                    if forecast_s is None or kept is None
+                    else kept.tracker.correct(forecast_s)
+                ),
                 last_s=now_s,
             )
             self.runs.add(run)
@@ -246,9 +269,13 @@ class Control:
     def end_run(self, run_id: str, status: str = "ok") -> bool:
         """End a run; return whether it was in progress."""
         now_s = self.clock.now_s()
+        run = self.runs.find(run_id)
         record = self.runs.end(run_id, now_s, status)
         if record is None:
             return False
+        if run is not None and run.forecast_s is not None and self.config.online and status == "ok":
+            kept = self._runs_kept.setdefault(run.workflow_hash, _median())
+            kept.update(run.forecast_s, now_s - run.arrival_s)
         self._write(record)
         self.router.handle(RunEnded(run_id=run_id, now_s=now_s))
         return True
@@ -369,6 +396,7 @@ class Control:
             "runs_active": len(self.runs),
             "workflows": {key: one.name for key, one in self._workflows.items()},
             "forecast": self._errors.to_json(),
+            "runs": {key: kept.to_json() for key, kept in self._runs_kept.items()},
             "lengths": [kept.to_json() for kept in lengths.kept] if lengths else [],
             "endpoints": [
                 {
@@ -445,13 +473,16 @@ class Control:
             with contextlib.suppress(OSError):
                 trace.close()
 
-    def _run_forecast(self, workflow: Workflow) -> float | None:
-        estimate = self._forecaster.estimates.workflows.get(workflow.content_hash)
-        if estimate is None:
+    def _run_forecast(self, key: str) -> float | None:
+        """Return seconds of a run that arrives now, None without forecasts for its workflow."""
+        forecast = self._arrivals.get(key)
+        if forecast is None:
             return None
-        entries = [estimate.remaining_s.get(node) for node in workflow.successors[START]]
-        known = [value for value in entries if value is not None]
-        return max(known, default=None)
+        return forecast.at(self.router.in_flight / len(self.fleet.endpoints))
+
+
+def _median() -> Kept:
+    return Kept(QuantileTracker(level=0.5))
 
 
 _EVENTS = frozenset({"run_start", "run_end", "tool_start", "tool_end", "branch"})

@@ -25,8 +25,8 @@ class Run:
 
     Parameters
     ----------
-    predicted_s
-        Run latency forecast at arrival, or None.
+    forecast_s, predicted_s
+        Run latency forecast at arrival, before and after correction by runs that ended; or None.
     calls
         Calls seen, retries of the gateway not counted.
     open_calls
@@ -42,6 +42,7 @@ class Run:
     arrival_s: float
     predicted_s: float | None
     last_s: float
+    forecast_s: float | None = None
     calls: int = 0
     open_calls: int = 0
     tools: dict[tuple[str, int], float] = field(default_factory=dict)
