@@ -12,7 +12,6 @@ import numpy as np
 from planner.dispatch.online import LatencyBook, OnlineLatency, scrape_counts
 from planner.dispatch.scrape import read_scrape
 from runtime.clock import Clock
-from tests.runtime.mock.conftest import user, xargs
 
 DILATION = 1e5
 STATES = ((400, 40, 1, 500), (100, 30, 4, 1000), (300, 60, 8, 4000), (200, 50, 12, 5000))
@@ -28,8 +27,10 @@ async def _served(mock, client, now_s):
         async def call(number):
             await client.chat.completions.create(
                 model="m",
-                messages=user(f"{number} " + "word " * rng.randint(20, 400)),
-                extra_body=xargs(rng.randint(15, 60)),
+                messages=[
+                    {"role": "user", "content": f"{number} " + "word " * rng.randint(20, 400)}
+                ],
+                extra_body={"vllm_xargs": {"mock_output_tokens": rng.randint(15, 60)}},
             )
             text = (await http.get("/metrics")).text
             scrapes.append(read_scrape(text, now_s()))
