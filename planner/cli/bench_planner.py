@@ -324,7 +324,7 @@ def _windows(count: int) -> Iterator[Bar]:
             if abs(window_cost(window, plan.endpoints) - plan.cost_s) > 1e-6 * plan.cost_s:
                 _check(("cost",), f"window {seed}")
             if seed < 3:
-                longer = Budget(wall_s=3.0, relative_gap=0.0)
+                longer = Budget(wall_s=2.0, relative_gap=0.0)
                 best = solve_window(window, budget=longer)
                 off.append(plan.cost_s / min(best.cost_s, plan.cost_s) - 1)
     yield _at_most("window_first_plan_longest", 1e3 * max(first), "ms", 50)

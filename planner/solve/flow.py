@@ -48,7 +48,7 @@ def flow_schedule(question: ScheduleQuestion, *, effort: float, seed: int = 0) -
     Parameters
     ----------
     effort
-        Numpy steps to spend after the first orders: about 20,000 take a second. A count and not
+        Numpy steps to spend after the first orders: about 40,000 take a second. A count and not
         a time, so that the result is reproducible.
     """
     flow = _flow(question)

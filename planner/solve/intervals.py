@@ -30,7 +30,7 @@ __all__ = ["ScheduleResult", "solve_schedule"]
 _FLOW_SHARE = 0.7
 _SHOP_SHARE = 0.4
 """Shares of the budget that flow and job shops spend on local search."""
-_FLOW_STEPS_PER_S = 15_000
+_FLOW_STEPS_PER_S = 40_000
 _SHOP_VISITS_PER_S = 2_000_000
 _SMALL = 60
 

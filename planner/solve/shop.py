@@ -7,13 +7,14 @@ machine that can do it. With heads and tails of the others known, what ends afte
 head may safely follow it, and what has more ahead than the activity's tail may safely precede it.
 Any place after those that may only precede and before those that may only follow keeps the graph
 free of cycles, and head + duration + tail there bounds the new length. The
-step goes to the best such place other than the one it left, also uphill: the best schedule seen is
-kept.
+step goes to the best such place other than the one it left, and is taken back if the schedule is
+longer than both the one before and the one a hundred steps ago (late acceptance).
 
 References
 ----------
 Mastrolilli, Gambardella, Effective neighbourhood functions for the flexible job shop problem,
-Journal of Scheduling 2000 (theorems on feasible and optimal insertion).
+Journal of Scheduling 2000 (theorems on feasible and optimal insertion); Burke, Bykov, The late
+acceptance hill-climbing heuristic, EJOR 2017.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from planner.domain.schedule import Schedule, ScheduleQuestion
 
 __all__ = ["shop_schedule"]
 
-_TENURE = 12
-"""Steps during which an activity that was moved stays where it is."""
-_RESTART = 4
-"""Steps without an improvement, per activity, before the walk returns to the best schedule."""
+_HISTORY = 100
+"""Steps back that a step is compared with: no longer than then is good enough."""
+
+_Place = tuple[int, int, int, int]
+"""Machine, position on it, ticks and mode of an activity."""
 
 
 def shop_schedule(
@@ -125,39 +127,28 @@ class _Walk:
         """Walk until the effort is spent."""
         heads, tails = self._paths(-1)
         length = self._keep(heads)
-        kept = self._copy()
-        tabu = [0] * self._size
-        stale, steps = 0, 0
+        history = [length] * _HISTORY
+        steps = 0
         while effort > 0:
             effort -= 4 * self._size
-            steps += 1
             critical = [
-                a
-                for a in range(self._size)
-                if heads[a] + self._ticks[a] + tails[a] == length and tabu[a] <= steps
+                a for a in range(self._size) if heads[a] + self._ticks[a] + tails[a] == length
             ]
-            if not critical:
-                continue
             a = critical[int(rng.integers(len(critical)))]
-            self._reinsert(a, rng)
-            tabu[a] = steps + _TENURE + int(rng.integers(_TENURE))
-            heads, tails = self._paths(-1)
-            length = max(h + t for h, t in zip(heads, self._ticks, strict=True))
-            if length * self._question.makespan_weight < self.best.objective:
-                self._keep(heads)
-                kept, stale = self._copy(), 0
-                continue
-            stale += 1
-            if stale > _RESTART * self._size:
-                self._lines, self._machine, self._mode, self._ticks = kept
-                kept = self._copy()
-                heads, tails = self._paths(-1)
-                length = max(h + t for h, t in zip(heads, self._ticks, strict=True))
-                stale = 0
-
-    def _copy(self) -> tuple[list[list[int]], list[int], list[int], list[int]]:
-        lines = [list(line) for line in self._lines]
-        return lines, list(self._machine), list(self._mode), list(self._ticks)
+            left = self._reinsert(a, rng)
+            new_heads, new_tails = self._paths(-1)
+            found = max(h + t for h, t in zip(new_heads, self._ticks, strict=True))
+            if found <= length or found <= history[steps % _HISTORY]:
+                heads, tails, length = new_heads, new_tails, found
+                if length * self._question.makespan_weight < self.best.objective:
+                    self._keep(heads)
+            else:
+                self._lines[self._machine[a]].remove(a)
+                machine, position, self._ticks[a], self._mode[a] = left
+                self._lines[machine].insert(position, a)
+                self._machine[a] = machine
+            history[steps % _HISTORY] = length
+            steps += 1
 
     def _keep(self, heads: Sequence[int]) -> int:
         """Note the schedule as the best if it is; return its makespan."""
@@ -201,8 +192,8 @@ class _Walk:
                     tails[b] = max(tails[b], tail)
         return heads, tails
 
-    def _reinsert(self, a: int, rng: np.random.Generator) -> None:
-        """Put an activity to the best place that is not its own."""
+    def _reinsert(self, a: int, rng: np.random.Generator) -> _Place:
+        """Put an activity to the best place that is not its own; return the one it left."""
         home = self._machine[a]
         own = self._lines[home].index(a)
         heads, tails = self._paths(a)
@@ -232,4 +223,6 @@ class _Walk:
                     best, chosen = value, (machine, position, needed, mode)
         machine, position, needed, mode = chosen
         self._lines[machine].insert(position, a)
+        left = (home, own, ticks[a], self._mode[a])
         self._machine[a], self._ticks[a], self._mode[a] = machine, needed, mode
+        return left
