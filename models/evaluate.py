@@ -219,7 +219,9 @@ def evaluate(
         if dataset.requests is not None:
             progress(f"judging endpoint latency of {dataset.name}")
             began = clock()
-            if dataset.requests["config"].nunique() >= 5:
+            if saved is not None:
+                _saved_latency(dataset, dataset.requests, saved, report)
+            elif dataset.requests["config"].nunique() >= 5:
                 _known_and_new(dataset, dataset.requests, seed, report)
             else:
                 _logs(dataset, dataset.requests, report)
@@ -707,7 +709,7 @@ def _logs(dataset: Dataset, rows: pd.DataFrame, report: _Report) -> None:
         predicted = whole[~first] @ model.coef_
         given.append(np.abs(predicted / observed[~first] - 1))
         seen.append((predicted, observed[~first]))
-        sent = LatencyPredictor.fit(run[first]).total_s(run[~first])
+        sent = LatencyPredictor.fit_whole(run[first]).total_s(run[~first])
         at_admission.append(np.abs(sent / observed[~first] - 1))
     if not given:
         return
@@ -725,7 +727,8 @@ def _logs(dataset: Dataset, rows: pd.DataFrame, report: _Report) -> None:
             100 * float(np.median(np.concatenate(at_admission))),
             "% median error from admission",
             most=5.0,
-            note="only the state at admission is known, and the output length",
+            note="only the state at admission is known, and the output length; fitted to whole "
+            "times",
         ),
     ]
     report.curves.append(
@@ -735,6 +738,59 @@ def _logs(dataset: Dataset, rows: pd.DataFrame, report: _Report) -> None:
             np.concatenate([one for _, one in seen]),
         )
     )
+
+
+def _saved_latency(
+    dataset: Dataset,
+    rows: pd.DataFrame,
+    saved: dict[tuple[str, str], _Saved],
+    report: _Report,
+) -> None:
+    """Judge a saved latency predictor: known configurations at once, new ones after requests."""
+    found = saved.get(("endpoint_latency", dataset.name))
+    if found is None:
+        return
+    pool = found.predictor if isinstance(found.predictor, LatencyPool) else None
+    physics: dict[str, LatencyPredictor] = pool.physics_ if pool else found.predictor
+    known = rows["config"].isin(physics)
+    note = "saved artifact, all rows; output length given"
+    if found.data_hash == dataset.data_hash:
+        note += "; THE ROWS IT WAS TRAINED ON, not held out"
+    if known.any():
+        mine = rows[known]
+        if pool:
+            predicted, observed = pool.total_s(mine, mine), _total(mine)
+        else:
+            parts = [(physics[str(name)], part) for name, part in mine.groupby("config")]
+            predicted = np.concatenate([one.total_s(part) for one, part in parts])
+            observed = np.concatenate([_total(part) for _, part in parts])
+        report.bars.append(
+            bar(
+                f"latency, {dataset.name}: known configurations",
+                100 * median_relative_error(observed, predicted),
+                "% median error end to end",
+                most=10.0 if pool else None,
+                note=note,
+            )
+        )
+        report.curves.append(_scatter(f"{dataset.name}, saved predictor", predicted, observed))
+    errors = []
+    for _, part in rows[~known].groupby("config"):
+        ordered = part.sort_values("sent_s", kind="stable")
+        first, later = ordered[:ADAPTATION_REQUESTS], ordered[ADAPTATION_REQUESTS:]
+        if pool is not None and not later.empty:
+            errors.append(np.abs(pool.adapted_s(first, later) / _total(later) - 1))
+    if errors:
+        report.bars.append(
+            bar(
+                f"latency, {dataset.name}: configurations new to it, after "
+                f"{ADAPTATION_REQUESTS} requests",
+                100 * float(np.median(np.concatenate(errors))),
+                "% median error end to end",
+                most=20.0,
+                note=note,
+            )
+        )
 
 
 def _scatter(name: str, predicted: Floats, observed: Floats) -> Curve:

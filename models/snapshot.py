@@ -154,6 +154,7 @@ def estimate_table(
     keyed = {f"{workflow}/{site}": values for (workflow, site), values in samples.items()}
     outputs, pooled = site_output_tokens(keyed)
     offsets = _length_offsets(own.calls)
+    delay_offsets = _delay_offsets(own.tools)
     outputs = {site: _promised(quantiles, offsets) for site, quantiles in outputs.items()}
     names = dict(zip(own.runs["workflow_hash"], own.runs["workflow"], strict=True))
     seen = {str(value) for value in (*own.calls["workflow_hash"], *own.runs["workflow_hash"])}
@@ -176,7 +177,7 @@ def estimate_table(
         rows[key] = WorkflowEstimate(
             name=graph.name if graph else str(names.get(key, "")),
             sites=sites,
-            tools=_tools(own.tools[own.tools["workflow_hash"] == key], graph),
+            tools=_tools(own.tools[own.tools["workflow_hash"] == key], graph, delay_offsets),
             branches=_branches(own.branches[own.branches["workflow_hash"] == key], graph),
             remaining_s=_remaining(own, key),
         )
@@ -199,6 +200,23 @@ def _length_offsets(calls: pd.DataFrame) -> np.ndarray:
     return conformal_offsets(
         np.array([early[name].values for name in site[known]]).reshape(-1, len(LEVELS)),
         calls.loc[known, "output_tokens"].to_numpy(float),
+        LEVELS,
+    )
+
+
+def _delay_offsets(tools: pd.DataFrame) -> np.ndarray:
+    """Return conformal offsets of node delays: fitted on earlier runs, scored on later ones."""
+    node = tools["workflow_hash"] + "/" + tools["node"]
+    seconds = tools["finish_s"] - tools["start_s"]
+    late = tools["held_out"].astype(bool)
+    early = {
+        str(name): node_delay_s(rows.tolist()).values
+        for name, rows in seconds[~late].groupby(node[~late])
+    }
+    known = late & node.isin(early)
+    return conformal_offsets(
+        np.array([early[name] for name in node[known]]).reshape(-1, len(LEVELS)),
+        seconds[known].to_numpy(float),
         LEVELS,
     )
 
@@ -275,9 +293,11 @@ def _unseen_site(declared: CallSite, default: SiteEstimate) -> SiteEstimate:
     )
 
 
-def _tools(tools: pd.DataFrame, graph: Workflow | None) -> dict[str, Quantiles]:
+def _tools(
+    tools: pd.DataFrame, graph: Workflow | None, offsets: np.ndarray
+) -> dict[str, Quantiles]:
     out = {
-        str(node): node_delay_s((rows["finish_s"] - rows["start_s"]).tolist())
+        str(node): _promised(node_delay_s((rows["finish_s"] - rows["start_s"]).tolist()), offsets)
         for node, rows in tools.groupby("node")
     }
     for node in graph.nodes if graph else ():

@@ -5,6 +5,7 @@ Nothing is written before everything is fitted, and each file is written atomica
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.arrivals import ArrivalModel
-from models.artifacts import ArtifactInfo, save_artifact
+from models.artifacts import ArtifactInfo, read_info, save_artifact
 from models.branching import ChoicePredictor
 from models.card import Result, card_json, card_markdown, results_table
 from models.endpoint_latency import LatencyPredictor
@@ -30,7 +31,7 @@ from models.snapshot import EndpointFit, estimate_table, fit_endpoints
 from models.tables import Dataset, SetAside
 from models.tool_delay import tool_delay_predictor
 from planner.domain.errors import InvalidInput, WorkflowError
-from planner.domain.estimates import LEVELS, EstimateTable, save_estimates
+from planner.domain.estimates import LEVELS, EstimateTable, load_estimates, save_estimates
 from planner.domain.files import atomic_write
 from planner.domain.fleet import Endpoint, load_fleet
 from planner.domain.workflow import Workflow, load_workflow
@@ -125,7 +126,8 @@ def train(
         A trace file of ours, a public dataset folder, or a folder that holds some of either.
     out
         Folder for the artifacts, ``model_card.md``, ``model_card.json`` and, with traces of our
-        own, ``estimates.json``.
+        own, ``estimates.json``. Artifacts and table of an earlier training that the new card does
+        not speak of are removed.
     workflows
         Folder of workflow graphs (JSON), or one file; they add declared hints, static prefixes
         and unseen outcomes.
@@ -171,7 +173,11 @@ def train(
         ignored=sources.ignored,
     )
     progress(f"writing {out}")
+    earlier = _of_earlier_training(out)
     files = _write(out, harvest, card, table)
+    for path in sorted(earlier - set(files)):
+        progress(f"removing {path}: of an earlier training, not in this model card")
+        path.unlink()
     return TrainReport(results=tuple(harvest.results), card=card, table=table, files=tuple(files))
 
 
@@ -407,6 +413,21 @@ def _endpoint_result(name: str, fit: EndpointFit, in_fleet: bool) -> Result:
         note="for our traces the endpoint's state during the call is rebuilt from all calls and "
         "taken as known, as the output length is",
     )
+
+
+def _of_earlier_training(out: Path) -> set[Path]:
+    """Return the artifacts in a folder, and its table if the card there speaks of it."""
+    found = set()
+    for path in out.glob("*.joblib"):
+        with contextlib.suppress(InvalidInput):  # not ours
+            read_info(path)
+            found.add(path)
+    table = out / "estimates.json"
+    with contextlib.suppress(InvalidInput, OSError, ValueError, TypeError, KeyError):
+        card = json.loads((out / "model_card.json").read_text(encoding="utf-8"))
+        if card["estimates_version"] == load_estimates(table).version:
+            found.add(table)
+    return found
 
 
 def _write(

@@ -6,9 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from models.artifacts import ArtifactInfo, save_artifact
 from models.evaluate import bar, evaluate
 from models.evaluation import median_relative_error
+from models.importers.folder import Sources
 from models.latency_pool import LatencyPool
+from models.tables import Dataset
 from planner.cli import main as cli
 
 
@@ -118,6 +121,27 @@ def test_what_physics_leaves_out_carries_over_to_a_new_configuration():
     error = median_relative_error(observed, pool.adapted_s(first, later))
     assert error < 0.05
     assert (pool.adapted_s(first, later) > 0).all()
+
+
+def test_saved_latency_is_judged_as_it_was_saved(tmp_path, monkeypatch):
+    """A saved pool is judged on what it knows, and on new configurations after 50 requests."""
+    rng = np.random.default_rng(0)
+    known = _requests({f"c{number}": 1.0 + 0.3 * number for number in range(6)}, rng)
+    both = pd.concat([known, _requests({"new": 2.2}, rng)], ignore_index=True)
+    info = ArtifactInfo(kind="endpoint_latency", dataset="d", window="w", data_hash="h", metrics={})
+    save_artifact(LatencyPool().fit(known), info, tmp_path / "endpoint_latency-d.joblib")
+    data = Dataset(
+        name="d", split="none", rows_read=len(both), set_aside=(), data_hash="h2", window="w",
+        requests=both,
+    )  # fmt: skip
+    monkeypatch.setattr(
+        "models.evaluate.read_folder",
+        lambda *_: Sources(own=None, public=(data,), ignored=()),
+    )
+    names = {one.name: one for one in evaluate(tmp_path, artifacts=tmp_path).bars}
+    assert names["latency, d: known configurations"].holds
+    assert names["latency, d: configurations new to it, after 50 requests"].holds
+    assert all("not held out" not in one.note for one in names.values())
 
 
 def test_a_pool_looks_back_only_on_what_has_ended():

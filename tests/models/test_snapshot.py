@@ -1,5 +1,7 @@
 """The estimate table says what traces say, and what the graph declares where they are silent."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,21 @@ def test_sites_tools_and_branches_follow_the_trace(own, make_records):
         assert sum(values[visit] for values in estimate.branches["review?"].values()) == (
             pytest.approx(1.0)
         )
+
+
+def test_delays_that_grow_late_widen_their_promise(tmp_path, make_records):
+    """Tool delays carry the conformal offset of later runs: three times slower ones raise it."""
+    save_trace(make_records(runs=200), tmp_path / "t.jsonl")
+    own = read_own_traces([tmp_path / "t.jsonl"])
+    late = own.tools["held_out"].astype(bool)
+    spent = own.tools["finish_s"] - own.tools["start_s"]
+    slower = own.tools["finish_s"] + 2 * late * spent
+    changed = replace(own, tools=own.tools.assign(finish_s=slower))
+    before, after = (
+        estimate_table(one, {}, {}).workflows[HASH].tools["lookup"] for one in (own, changed)
+    )
+    assert after.at(0.9) > 2 * before.at(0.9)
+    assert np.mean((slower - own.tools["start_s"])[late] <= after.at(0.9)) >= 0.88
 
 
 def test_growing_and_fresh_prompts_are_told_apart(own):

@@ -61,6 +61,20 @@ def test_own_traces_give_artifacts_card_and_table(trace_folder, fleet, tmp_path)
     assert "output_length" in (out / "model_card.md").read_text(encoding="utf-8")
 
 
+def test_a_folder_matches_its_card(trace_folder, tmp_path):
+    """Artifacts of an earlier training go when another one is written; other files stay."""
+    out = tmp_path / "out"
+    train(trace_folder, out)
+    (out / "output_length-traces.joblib").rename(out / "output_length-older.joblib")
+    (out / "mine.joblib").write_bytes(b"not ours")
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    said = []
+    report = train(trace_folder, out, progress=said.append)
+    names = {path.name for path in report.files}
+    assert {path.name for path in out.iterdir()} == names | {"mine.joblib", "notes.txt"}
+    assert any("removing" in line and "output_length-older" in line for line in said)
+
+
 def test_same_seed_same_table(trace_folder, fleet, tmp_path):
     """Two trainings on the same data give the same results and the same table."""
     one = train(trace_folder, tmp_path / "a", fleet=fleet, seed=3)
