@@ -33,6 +33,8 @@ _SHOP_SHARE = 0.4
 _FLOW_STEPS_PER_S = 40_000
 _SHOP_VISITS_PER_S = 2_000_000
 _SMALL = 60
+_MEDIUM = 300
+"""Activities up to which the solver does better alone: on flow shops, on job shops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,12 +104,15 @@ def _searched(
     Small questions are left to the solver, which is done before local search would pay.
     """
     limit_s = budget.wall_s if budget.wall_s is not None else budget.deterministic
-    if limit_s is None or len(question.activities) <= _SMALL:
+    size = len(question.activities)
+    if limit_s is None or size <= _SMALL:
         return start, 0.0
     effort = limit_s * _FLOW_SHARE * _FLOW_STEPS_PER_S
     found = flow_schedule(question, effort=effort, seed=seed)
     if found is not None:
         return found, _FLOW_SHARE
+    if size <= _MEDIUM:
+        return start, 0.0
     effort = limit_s * _SHOP_SHARE * _SHOP_VISITS_PER_S
     found = shop_schedule(question, start, effort=effort, seed=seed)
     if found is not None:
