@@ -83,6 +83,12 @@ def register(subparsers: Any) -> None:
         "--simulated-seeds", type=int, default=12, help="replications there (%(default)s)"
     )
     add_comparison_arguments(parser)
+    parser.add_argument(
+        "--online",
+        action="store_true",
+        help="let the gateway learn from finished calls, each policy afresh; off by default, "
+        "because the simulated twin does not",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=run)
 
@@ -199,6 +205,7 @@ def _live(
 
     gateway = ["--estimates", str(args.estimates), "--policy", "round_robin"]
     gateway += ["--workflow", str(args.out / "workflow.json")]
+    gateway += ["--online" if args.online else "--no-online"]
     if any(setup.table is not None for setup in setups):
         gateway += ["--table", str(args.out / "table.json")]
     traces = args.out / "traces"

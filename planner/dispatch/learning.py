@@ -295,6 +295,6 @@ class FleetLearner:
                 row.observe(prefill + decode, now_s - under.sent_s, now_s)
             return
         if not under.waited:
-            row.observe(prefill, under.first_s - under.sent_s, now_s)
+            row.observe(prefill, under.first_s - under.sent_s, now_s, watch=False)
         if output_tokens > 1:
             row.observe(decode, now_s - under.first_s, now_s)

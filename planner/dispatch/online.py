@@ -243,10 +243,11 @@ class OnlineLatency:
         """Return the seconds that counts are expected to take."""
         return float(counts @ self._now())
 
-    def observe(self, counts: Floats, seconds: float, now_s: float) -> None:
+    def observe(self, counts: Floats, seconds: float, now_s: float, *, watch: bool = True) -> None:
         """Learn from counts and the seconds they took; what is not finite or not > 0 is ignored.
 
-        ``now_s`` never goes back.
+        ``now_s`` never goes back. ``watch`` is False for observations that say little of drift,
+        such as times to first token, whose waits vary by more than an endpoint does.
         """
         if not (math.isfinite(seconds) and seconds > 0.0 and bool(np.all(np.isfinite(counts)))):
             return
@@ -260,7 +261,8 @@ class OnlineLatency:
         self._vector = self.forgetting * self._vector + weight * relative
         self._solved = False
         self.observations += 1
-        self._watch(seconds / expected, now_s)
+        if watch:
+            self._watch(seconds / expected, now_s)
         if self.observations == LEARNING:
             self.accept()
 
