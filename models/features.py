@@ -36,6 +36,7 @@ STEP_COLUMNS: dict[str, type] = {
     "input_kind": str,  # what is new in the prompt, if known before the call
     "prompt_tokens": float,
     "shared_prefix_tokens": float,  # common with the previous call of the session
+    "max_tokens": float,  # declared limit on the answer
     "output_tokens": float,
     "action": str,  # what the answer asked for: tool, command class, next speaker, outcome
     "words": str,  # first words of the command
@@ -62,7 +63,7 @@ class FeatureSchema:
 
 
 LENGTH = FeatureSchema(
-    version="length/2",
+    version="length/3",
     categorical=(
         "kind", "site", "model", "input_kind", "last_site", "last_site_2", "last_action",
         "last_action_2", "last_words", "last_status",
@@ -70,7 +71,7 @@ LENGTH = FeatureSchema(
     numeric=(
         "step", "prompt_tokens", "new_tokens", "last_output_tokens", "last_output_tokens_2",
         "mean_log_output", "site_mean_log_output", "turn_last_output_tokens", "turn_visits",
-        "last_delay_s", "last_argument_chars",
+        "last_delay_s", "last_argument_chars", "max_tokens",
     ),
 )  # fmt: skip
 DELAY = FeatureSchema(

@@ -208,6 +208,7 @@ def _call_steps(calls: pd.DataFrame) -> pd.DataFrame:
         site=ordered["site"],
         input_kind=_visit(ordered),
         prompt_tokens=ordered["prompt_tokens"],
+        max_tokens=ordered["max_tokens"],
         output_tokens=ordered["output_tokens"],
         held_out=ordered["held_out"],
     )

@@ -33,7 +33,7 @@ def test_round_trip(path):
     model, info = load_artifact(path, "output_length")
     assert model.predict(np.zeros((1, 1))) == pytest.approx([1.5], abs=0.2)
     assert (info.dataset, info.window, info.metrics) == ("d", "4 rows", {"pinball": 1.0})
-    assert info.features == "length/2"
+    assert info.features == "length/3"
     assert "scikit-learn" in info.libraries
     assert read_info(path) == info
 

@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from models.features import choice_features, delay_features, length_features, steps
+from models.output_length import output_length_predictor
+from planner.domain.estimates import LEVELS
 
 
 def _table():
@@ -64,3 +66,26 @@ def test_steps_are_sorted_and_complete():
     assert (table["action"] == "").all()
     assert table["delay_s"].isna().all()
     assert not table["held_out"].any()
+
+
+def test_a_declared_limit_is_learned():
+    """Calls with a small ``max_tokens`` are forecast far shorter than those with a large one."""
+    rng = np.random.default_rng(0)
+    rows = 600
+    limit = rng.choice([20.0, 2000.0], rows)
+    table = steps(
+        session_id=[f"s{number:04d}" for number in range(rows)],
+        family=[f"s{number:04d}" for number in range(rows)],
+        step=0,
+        kind="agent",
+        site="x",
+        prompt_tokens=rng.integers(100, 900, rows),
+        max_tokens=limit,
+        output_tokens=np.minimum(np.ceil(rng.lognormal(5.0, 0.5, rows)), limit),
+        held_out=False,
+    )
+    fitted = output_length_predictor().fit(table, pd.Series(data=True, index=table.index))
+    high = fitted.predict_quantiles(table)[:, LEVELS.index(0.9)]
+    small = table["max_tokens"] == 20
+    assert high[small].max() < 60
+    assert high[~small].min() > 150
