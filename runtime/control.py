@@ -27,7 +27,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
 from planner.domain.trace import CallRecord, TraceRecord
-from planner.domain.workflow import Workflow
+from planner.domain.workflow import START, Workflow
 from planner.graph.sampling import scenarios
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
@@ -474,7 +474,18 @@ class Control:
                 trace.close()
 
     def _run_forecast(self, key: str) -> float | None:
-        """Return seconds of a run that arrives now, None without forecasts for its workflow."""
+        """Return seconds of a run that arrives now, None without forecasts for its workflow.
+
+        While nothing corrects it, the mean learned from traces is the better one: the ladder of
+        `ArrivalForecast` takes all endpoints as equally loaded.
+        """
+        if not self.config.online:
+            workflow = self._workflows.get(key)
+            estimate = self._forecaster.estimates.workflows.get(key)
+            if workflow is not None and estimate is not None:
+                starts = [n for n in workflow.successors[START] if n in estimate.remaining_s]
+                if starts:
+                    return max(estimate.remaining_s[node] for node in starts)
         forecast = self._arrivals.get(key)
         if forecast is None:
             return None
