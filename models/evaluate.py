@@ -110,8 +110,8 @@ class Evaluation:
     set_aside: tuple[str, ...] = ()
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return the bars as JSON-ready rows."""
-        return [asdict(one) for one in self.bars]
+        """Return the bars as JSON-ready rows; ``bar`` is None where a figure is only reported."""
+        return [{**asdict(one), "bar": one.bar or None} for one in self.bars]
 
     def curves_json(self) -> list[dict[str, Any]]:
         """Return the curves as JSON-ready rows."""
@@ -159,9 +159,8 @@ def bar(
         wanted = "" if most is None else f"<= {most:g}"
     holds = None
     if wanted and value is not None:
-        # Rounded as it is printed: a coverage of 0.9200001 is not a miss.
-        shown = float(f"{value:.4g}")
-        holds = (least is None or shown >= least) and (most is None or shown <= most)
+        # The figure itself is judged, not what is printed of it.
+        holds = (least is None or value >= least) and (most is None or value <= most)
     return Bar(name=name, value=value, unit=unit, bar=wanted, holds=holds, note=note)
 
 

@@ -103,7 +103,7 @@ def plan_table(
     """
     budget = budget or Budget(wall_s=5.0, relative_gap=0.02)
     estimate = estimates.workflows.get(workflow.content_hash, WorkflowEstimate())
-    sample = scenarios(workflow, estimate, 32, seed)
+    sample = scenarios(workflow, estimate, 32, seed, defaults=estimates)
     made: list[tuple[float, Plan, dict[str, float]]] = []
     failure: Infeasible | None = None
     for factor in factors:
@@ -118,6 +118,7 @@ def plan_table(
             prices = capacity_prices(workflow, fleet, estimates, sample, arrival_rate_rps=rate)
         except Infeasible as error:
             failure = error
+            progress(f"load {factor:.0%} and above: no bucket of their own, {error}")
             break
         slots = busy_slots(result)
         plan = result.plan

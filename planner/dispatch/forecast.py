@@ -7,7 +7,7 @@ workflow graph, so it knows joins, branches and loops.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.dispatch.events import Call
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
@@ -41,15 +41,11 @@ class Forecast:
     ----------
     output_tokens
         Mean output length.
-    residual_tokens
-        Mean of what is still to come when such a call is looked at at a random moment of its
-        decode, E[o^2] / (2 E[o]); longer than half the mean because long calls are seen more.
     criticality
         Probability of being on the run's critical path, [0, 1]; 1 for serial nodes.
     """
 
     output_tokens: float
-    residual_tokens: float
     criticality: float
 
 
@@ -89,23 +85,11 @@ class Forecaster:
         key = (call.workflow_hash, call.site)
         forecast = self._cache.get(key)
         if forecast is None:
-            quantiles = self.estimates.site(*key).output_tokens
-            mean = max(1.0, quantiles.mean)
-            # Second moment from the quantile levels, taken as equally likely mid-points.
-            grid = [quantiles.at(level) for level in (0.05, 0.15, 0.25, 0.35, 0.45,
-                                                      0.55, 0.65, 0.75, 0.85, 0.95)]  # fmt: skip
-            total = sum(grid)
-            residual = sum(v * v for v in grid) / (2 * total) if total > 0 else mean / 2
             forecast = Forecast(
-                output_tokens=mean,
-                residual_tokens=max(1.0, residual),
+                output_tokens=max(1.0, self.estimates.site(*key).output_tokens.mean),
                 criticality=self._critical.get(key, 1.0),
             )
             self._cache[key] = forecast
         if call.max_tokens is not None and forecast.output_tokens > call.max_tokens:
-            return Forecast(
-                output_tokens=float(call.max_tokens),
-                residual_tokens=min(forecast.residual_tokens, call.max_tokens / 2),
-                criticality=forecast.criticality,
-            )
+            return replace(forecast, output_tokens=float(call.max_tokens))
         return forecast

@@ -117,7 +117,6 @@ class CorrectedForecaster(Forecaster):
         factor = ratio.value
         return Forecast(
             output_tokens=min(limit, max(1.0, forecast.output_tokens * factor)),
-            residual_tokens=min(limit / 2, max(1.0, forecast.residual_tokens * factor)),
             criticality=forecast.criticality,
         )
 

@@ -20,7 +20,7 @@ __all__ = ["decode_s", "entries", "pair", "prefill_only"]
 
 def prefill_only(forecast: Forecast) -> Forecast:
     """Return the forecast of a call that stops after its first token."""
-    return replace(forecast, output_tokens=1.0, residual_tokens=1.0)
+    return replace(forecast, output_tokens=1.0)
 
 
 def entries(candidates: Sequence[EndpointState]) -> list[EndpointState]:

@@ -206,7 +206,7 @@ def _table(rows: Rows) -> str:
         )
         lines.append(
             f"<tr><td>{escape(one['name'])}</td><td class=number>{value}</td>"
-            f"<td>{escape(one['unit'])}</td><td>{escape(one['bar'])}</td>"
+            f"<td>{escape(one['unit'])}</td><td>{escape(one['bar'] or '')}</td>"
             f'<td class="{state}">{word}</td><td>{escape(one["note"])}</td></tr>'
         )
     head = "".join(f"<th>{name}</th>" for name in ("what", "value", "unit", "bar", "", "note"))
