@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from planner.dispatch.arrival import ArrivalForecast
-from planner.dispatch.events import Call, RunEnded, RunStarted
+from planner.dispatch.events import (
+    BranchTaken,
+    Call,
+    Event,
+    RunEnded,
+    RunStarted,
+    ToolFinished,
+    ToolStarted,
+)
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.learning import Kept
 from planner.dispatch.policies import Policy, make_policy, parse_policy
@@ -262,7 +270,7 @@ class Control:
                 last_s=now_s,
             )
             self.runs.add(run)
-            self.router.handle(RunStarted(run_id=run.run_id, workflow_hash=key, now_s=now_s))
+            self._tell(RunStarted(run_id=run.run_id, workflow_hash=key, now_s=now_s))
         run.last_s = now_s
         return run
 
@@ -277,7 +285,7 @@ class Control:
             kept = self._runs_kept.setdefault(run.workflow_hash, _median())
             kept.update(run.forecast_s, now_s - run.arrival_s)
         self._write(record)
-        self.router.handle(RunEnded(run_id=run_id, now_s=now_s))
+        self._tell(RunEnded(run_id=run_id, now_s=now_s))
         return True
 
     def expire_runs(self) -> None:
@@ -285,7 +293,7 @@ class Control:
         now_s = self.clock.now_s()
         for record in self.runs.expire(now_s, self.config.run_idle_s):
             self._write(record)
-            self.router.handle(RunEnded(run_id=record.run_id, now_s=now_s))
+            self._tell(RunEnded(run_id=record.run_id, now_s=now_s))
 
     def take_events(self, events: Sequence[Any]) -> int:
         """Apply lifecycle events; return how many were understood. The others are counted."""
@@ -320,16 +328,19 @@ class Control:
         visit = visit if isinstance(visit, int) and visit >= 0 else 0
         node = _text(event, "node")
         if kind == "tool_start":
+            self._tell(ToolStarted(run_id=run_id, node=node, now_s=now_s))
             self.runs.tool_started(run, node, visit, now_s)
         elif kind == "tool_end":
             record = self.runs.tool_ended(run, node, visit, now_s, _status(event))
             if record is None:
                 return False
+            self._tell(ToolFinished(run_id=run_id, node=node, now_s=now_s))
             self._write(record)
         elif kind == "branch":
             branch, outcome = _text(event, "branch"), _text(event, "outcome")
             if not branch or not outcome:
                 return False
+            self._tell(BranchTaken(run_id=run_id, branch=branch, outcome=outcome, now_s=now_s))
             self._write(self.runs.branch_taken(run, branch, outcome, visit, now_s))
         return True
 
@@ -460,6 +471,9 @@ class Control:
         if record.status == "ok":
             self._errors.add(record)
         self._write(record)
+
+    def _tell(self, event: Event) -> None:
+        self._dispatcher.handle(event)
 
     def _write(self, record: TraceRecord) -> None:
         if self._trace is None:

@@ -1,8 +1,9 @@
 """The router made awaitable: a call goes in, a ticket for one endpoint comes out.
 
-Decisions are synchronous; only a held call waits. A `Ticket` stands for one attempt that the
-router counts as in flight. It is used as a context manager and settled exactly once, whatever
-happens: leaving it unsettled counts as cancelled, so nothing can stay behind.
+Decisions are synchronous; only a held call waits, for an endpoint or for its turn. A `Ticket`
+stands for one attempt that the router counts as in flight. It is used as a context manager and
+settled exactly once, whatever happens: leaving it unsettled counts as cancelled, so nothing can
+stay behind.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -20,10 +21,14 @@ from planner.dispatch.events import (
     CallCancelled,
     CallFailed,
     CallFinished,
+    Command,
     EndpointDown,
     EndpointUp,
+    Event,
     FirstToken,
+    Hold,
     Send,
+    Tick,
 )
 from planner.dispatch.router import Router
 from planner.domain.errors import NoEndpointAvailable
@@ -94,7 +99,7 @@ class Ticket:
         if not self._told and not self.settled:
             self._told = True
             dispatcher = self._dispatcher
-            dispatcher.router.handle(
+            dispatcher.handle(
                 FirstToken(call_id=self.call.call_id, now_s=dispatcher.clock.now_s(), seen=seen)
             )
 
@@ -135,7 +140,7 @@ class Ticket:
         if self._timer is not None:
             self._timer.cancel()
         dispatcher = self._dispatcher
-        dispatcher.router.handle(event)
+        dispatcher.handle(event)
         call, send = self.call, self.send
         finished = event if isinstance(event, CallFinished) else None
         prompt_tokens = finished.prompt_tokens if finished else None
@@ -216,61 +221,97 @@ class Dispatcher:
         self._hold_limit = hold_limit
         self._hold_timeout_s = hold_timeout_s
         self._waiting: dict[str, asyncio.Future[Send]] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = 0.0
 
     async def place(self, call: Call, exclude: frozenset[int], attempt: int) -> Ticket:
-        """Return a ticket for a call, at once or when an endpoint comes up.
+        """Return a ticket for a call, at once or when the router sends it.
 
         Raises
         ------
         NoEndpointAvailable
-            If too many calls wait already, or this one waited too long.
+            If no endpoint can take it, and too many calls wait for one already or this one waited
+            too long. A call that waits its turn by the policy's will is not limited here.
         Moved
             If the policy was changed meanwhile.
         """
         started = time.perf_counter()
-        (command,) = self.router.handle(
+        commands = self.router.handle(
             CallArrived(call=call, now_s=self.clock.now_s(), exclude=exclude)
         )
         decision_us = (time.perf_counter() - started) * 1e6
-        if not isinstance(command, Send):
-            command = await self._wait(call)
-        return Ticket(self, call, command, attempt, decision_us)
+        (own,) = (command for command in commands if command.call_id == call.call_id)
+        self._obey(command for command in commands if command is not own)
+        if not isinstance(own, Send):
+            own = await self._wait(call, exclude, own)
+        return Ticket(self, call, own, attempt, decision_us)
 
-    async def _wait(self, call: Call) -> Send:
-        if len(self._waiting) >= self._hold_limit:
-            self.router.handle(CallCancelled(call_id=call.call_id, now_s=self.clock.now_s()))
-            raise NoEndpointAvailable(
-                f"no endpoint is up and {self._hold_limit} calls wait already"
-            )
-        waiter: asyncio.Future[Send] = asyncio.get_running_loop().create_future()
-        self._waiting[call.call_id] = waiter
-        try:
-            async with asyncio.timeout(self._hold_timeout_s):
-                return await waiter
-        except BaseException as error:
-            # Held, or sent in this very turn of the loop: the router takes it back either way.
-            self.router.handle(CallCancelled(call_id=call.call_id, now_s=self.clock.now_s()))
-            if isinstance(error, TimeoutError):
-                raise NoEndpointAvailable(
-                    f"no endpoint came up within {self._hold_timeout_s:g} s"
-                ) from None
-            raise
-        finally:
-            del self._waiting[call.call_id]
+    def handle(self, event: Event) -> None:
+        """Tell the router, and wake the calls it sends in answer."""
+        self._obey(self.router.handle(event))
 
-    def endpoint_down(self, index: int) -> None:
-        """Send nothing more to an endpoint."""
-        self.router.handle(EndpointDown(endpoint=index, now_s=self.clock.now_s()))
-
-    def endpoint_up(self, index: int, *, cold: bool) -> None:
-        """Send to an endpoint again, held calls first."""
-        event = EndpointUp(endpoint=index, now_s=self.clock.now_s(), cold=cold)
-        for command in self.router.handle(event):
+    def _obey(self, commands: Iterable[Command]) -> None:
+        for command in commands:
             if isinstance(command, Send):
                 waiter = self._waiting[command.call_id]
                 # A waiter that timed out in this turn is done; its own clean-up gives it back.
                 with contextlib.suppress(asyncio.InvalidStateError):
                     waiter.set_result(command)
+            else:
+                self._wake_at(command.until_s)
+
+    def _wake_at(self, until_s: float | None) -> None:
+        """Tell the router the time at ``until_s``, unless it will be told earlier anyway."""
+        if until_s is None:
+            return
+        if self._alarm is not None:
+            if self._alarm_s <= until_s:
+                return
+            self._alarm.cancel()
+        self._alarm_s = until_s
+        wait_s = self.clock.wall_s(max(0.0, until_s - self.clock.now_s()))
+        self._alarm = asyncio.get_running_loop().call_later(wait_s, self._tick)
+
+    def _tick(self) -> None:
+        self._alarm = None
+        self.handle(Tick(now_s=self.clock.now_s()))
+
+    async def _wait(self, call: Call, exclude: frozenset[int], hold: Hold) -> Send:
+        if len(self._waiting) >= self._hold_limit and not self.router.servable(call, exclude):
+            self.handle(CallCancelled(call_id=call.call_id, now_s=self.clock.now_s()))
+            raise NoEndpointAvailable(
+                f"no endpoint is up and {self._hold_limit} calls wait already"
+            )
+        waiter: asyncio.Future[Send] = asyncio.get_running_loop().create_future()
+        self._waiting[call.call_id] = waiter
+        self._wake_at(hold.until_s)
+        try:
+            return await self._turn(waiter, call, exclude)
+        except BaseException:
+            # Held, or sent in this very turn of the loop: the router takes it back either way.
+            waiter.cancel()
+            self.handle(CallCancelled(call_id=call.call_id, now_s=self.clock.now_s()))
+            raise
+        finally:
+            del self._waiting[call.call_id]
+
+    async def _turn(
+        self, waiter: asyncio.Future[Send], call: Call, exclude: frozenset[int]
+    ) -> Send:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._hold_timeout_s):
+                    return await asyncio.shield(waiter)
+            if not self.router.servable(call, exclude):
+                raise NoEndpointAvailable(f"no endpoint came up within {self._hold_timeout_s:g} s")
+
+    def endpoint_down(self, index: int) -> None:
+        """Send nothing more to an endpoint."""
+        self.handle(EndpointDown(endpoint=index, now_s=self.clock.now_s()))
+
+    def endpoint_up(self, index: int, *, cold: bool) -> None:
+        """Send to an endpoint again, held calls first."""
+        self.handle(EndpointUp(endpoint=index, now_s=self.clock.now_s(), cold=cold))
 
     def move_held(self) -> None:
         """Make every held call leave with `Moved`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "BranchTaken",
     "Call",
     "CallArrived",
     "CallCancelled",
@@ -25,6 +26,9 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "Send",
+    "Tick",
+    "ToolFinished",
+    "ToolStarted",
 ]
 
 
@@ -50,6 +54,13 @@ class Call:
         Earlier entries of the run into this node.
     max_tokens
         Declared limit on the output, or None.
+    tenant
+        Whose run it is.
+    deadline_s
+        Hard limit of the run after its arrival, s, or None.
+    parents
+        Ids of the run's calls whose ends, directly or through tools, made this one ready, as far
+        as they are known; the first attempt's id each.
     """
 
     call_id: str
@@ -66,6 +77,9 @@ class Call:
     max_tokens: int | None = None
     session_id: str | None = None
     model: str | None = None
+    tenant: str = "default"
+    deadline_s: float | None = None
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +88,42 @@ class RunStarted:
 
     run_id: str
     workflow_hash: str
+    now_s: float
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolStarted:
+    """A node of a run that is not a call began its work."""
+
+    run_id: str
+    node: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFinished:
+    """It ended."""
+
+    run_id: str
+    node: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchTaken:
+    """A branch of a run was decided."""
+
+    run_id: str
+    branch: str
+    outcome: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick:
+    """Time has passed: a `Hold` asked to be woken at this instant."""
+
     now_s: float
 
 
@@ -167,6 +217,10 @@ Event = (
     | CallCancelled
     | EndpointDown
     | EndpointUp
+    | ToolStarted
+    | ToolFinished
+    | BranchTaken
+    | Tick
 )
 
 
@@ -208,10 +262,19 @@ class Send:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hold:
-    """Keep the call: no endpoint can take it now. It is sent when one comes up."""
+    """Keep the call for now; a later event sends it.
+
+    Parameters
+    ----------
+    reason
+        ``no_endpoint`` if none can take it; else the policy's label.
+    until_s
+        When the router wants a `Tick` at the latest, on the caller's clock, or None.
+    """
 
     call_id: str
     reason: str
+    until_s: float | None = None
 
 
 Command = Send | Hold

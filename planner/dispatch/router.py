@@ -8,17 +8,21 @@ House rules
 * Each transition is synchronous and complete. The same events give the same commands, so a live
   run's log replayed here repeats its decisions.
 * Whatever a call was counted for is given back on every way out.
-* Held calls are sent oldest run first when an endpoint comes up.
+* A call is held because no endpoint can take it, or because the policy wants it to wait. The
+  former are offered again when an endpoint comes up, oldest run first; the latter after each
+  event, in the policy's own order.
 * With prefill/decode pools a call is counted at both ends from the start; its prefill endpoint
   stops counting it when its part is done. Rows are not learned from such calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 
 from planner.dispatch.events import (
+    BranchTaken,
     Call,
     CallArrived,
     CallCancelled,
@@ -34,16 +38,28 @@ from planner.dispatch.events import (
     RunEnded,
     RunStarted,
     Send,
+    Tick,
+    ToolFinished,
+    ToolStarted,
 )
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.learning import CorrectedForecaster, FleetLearner
 from planner.dispatch.pairing import decode_s, entries, pair, prefill_only
-from planner.dispatch.policies.base import Policy, Ready, cost_of
+from planner.dispatch.policies.base import (
+    Observing,
+    Policy,
+    Queueing,
+    Ready,
+    Wait,
+    cost_of,
+)
 from planner.dispatch.view import EndpointState, FleetView, Resident
 from planner.domain.errors import IllegalEvent
 from planner.domain.fleet import Fleet
 
 __all__ = ["TRANSITIONS", "CallState", "Router"]
+
+Order = Callable[[Sequence[Call], FleetView, float], Sequence[Call]]
 
 
 class CallState(Enum):
@@ -104,6 +120,8 @@ class Router:
             ]
         )
         self.learner = FleetLearner(self.view.states) if online else None
+        self._observe = policy.observe if isinstance(policy, Observing) else None
+        self._order = policy.order if isinstance(policy, Queueing) else None
         self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
         self._states: dict[str, CallState] = {}
         self._calls: dict[str, Call] = {}
@@ -120,43 +138,77 @@ class Router:
         IllegalEvent
             If the call is unknown or its state does not allow the event.
         """
+        commands: list[Command] = []
         match event:
             case CallArrived():
                 if event.call.call_id in self._states:
                     raise IllegalEvent(
                         f"call {event.call.call_id!r} arrived twice; give each attempt its own id"
                     )
-                return [self._place(event)]
+                if self._observe is not None:
+                    self._observe(event, self.view)
+                return self._arrive(event)
             case PrefillFinished() | FirstToken() | CallFinished() | CallFailed() | CallCancelled():
                 self._advance(event)
-                return []
             case RunStarted():
                 self._runs[event.run_id] = self._runs.get(event.run_id, 0)
-                return []
             case RunEnded():
                 self._runs.pop(event.run_id, None)
-                return []
             case EndpointDown():
                 self.view.states[event.endpoint].healthy = False
-                return []
             case EndpointUp():
                 state = self.view.states[event.endpoint]
                 state.healthy = True
                 if event.cold:
                     state.prefix.clear()
-                return self._release(event.now_s)
+                if self._order is None:
+                    commands = self._release(self._stranded(), event.now_s)
+            case ToolStarted() | ToolFinished() | BranchTaken() | Tick():
+                pass
+        if self._observe is not None:
+            self._observe(event, self.view)
+        if self._order is not None and self._held:
+            commands = self._release(self._offered(self._order, event.now_s), event.now_s)
+        return commands
 
-    def _place(self, event: CallArrived) -> Command:
+    def _arrive(self, event: CallArrived) -> list[Command]:
+        """Send or hold a new call; where others wait, it takes its place among them."""
+        if self._order is None:
+            return [self._place(event)]
+        call_id = event.call.call_id
+        self._hold(event)
+        offered = self._offered(self._order, event.now_s)
+        commands = self._release(offered, event.now_s, arriving=call_id)
+        if not any(command.call_id == call_id for command in commands):
+            reason = "queued" if self._candidates(event)[1] else "no_endpoint"
+            commands.append(Hold(call_id=call_id, reason=reason))
+        return commands
+
+    def _offered(self, order: Order, now_s: float) -> Sequence[Call]:
+        return order([arrived.call for arrived in self._held.values()], self.view, now_s)
+
+    def _hold(self, event: CallArrived) -> None:
+        self._states[event.call.call_id] = CallState.HELD
+        self._held[event.call.call_id] = event
+
+    def _candidates(self, event: CallArrived) -> tuple[list[EndpointState], list[EndpointState]]:
+        """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
         serving = self.view.candidates(call.model, event.exclude, _tokens(call))
-        candidates = entries(serving) if self._pooled else serving
-        if not candidates:
-            self._states[call.call_id] = CallState.HELD
-            self._held[call.call_id] = event
-            return Hold(call_id=call.call_id, reason="no_endpoint")
-        choice = self.policy.choose(
-            Ready(call, candidates, self.view, self.forecaster, event.now_s)
+        return serving, entries(serving) if self._pooled else serving
+
+    def _place(self, event: CallArrived) -> Command:
+        """Send a call, or hold it; it is not among the held ones yet, or no longer."""
+        call = event.call
+        serving, candidates = self._candidates(event)
+        choice = (
+            self.policy.choose(Ready(call, candidates, self.view, self.forecaster, event.now_s))
+            if candidates
+            else Wait("no_endpoint")
         )
+        if isinstance(choice, Wait):
+            self._hold(event)
+            return Hold(call_id=call.call_id, reason=choice.reason, until_s=choice.until_s)
         state = self.view.states[choice.endpoint]
         forecast = self.forecaster.of(call)
         cost = choice.cost or cost_of(call, forecast, state, event.now_s)
@@ -255,20 +307,31 @@ class Router:
         else:
             self.learner.gone(call.call_id, event.now_s)
 
-    def _release(self, now_s: float) -> list[Command]:
-        waiting = sorted(
-            self._held.values(), key=lambda held: (held.call.run_arrival_s, held.call.call_id)
-        )
+    def _stranded(self) -> list[Call]:
+        """Return the held calls, oldest run first."""
+        calls = [arrived.call for arrived in self._held.values()]
+        return sorted(calls, key=lambda call: (call.run_arrival_s, call.call_id))
+
+    def _release(self, calls: Sequence[Call], now_s: float, *, arriving: str = "") -> list[Command]:
+        """Offer held calls again; return what is sent, what asks to be woken, and ``arriving``."""
         commands: list[Command] = []
-        for held in waiting:
-            serving = self.view.candidates(held.call.model, held.exclude, _tokens(held.call))
-            if not (entries(serving) if self._pooled else serving):
+        for call in calls:
+            held = self._held.get(call.call_id)
+            if held is None or not self._candidates(held)[1]:
                 continue
-            del self._held[held.call.call_id], self._states[held.call.call_id]
-            commands.append(
-                self._place(CallArrived(call=held.call, now_s=now_s, exclude=held.exclude))
-            )
+            del self._held[call.call_id], self._states[call.call_id]
+            command = self._place(replace(held, now_s=now_s))
+            if (
+                isinstance(command, Send)
+                or command.until_s is not None
+                or command.call_id == arriving
+            ):
+                commands.append(command)
         return commands
+
+    def servable(self, call: Call, exclude: frozenset[int] = frozenset()) -> bool:
+        """Return whether an endpoint that is up could take a call."""
+        return bool(self._candidates(CallArrived(call=call, now_s=0.0, exclude=exclude))[1])
 
     @property
     def in_flight(self) -> int:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from planner.dispatch.events import (
+    BranchTaken,
     Call,
     CallArrived,
     CallCancelled,
@@ -34,14 +35,18 @@ from planner.dispatch.events import (
     Command,
     EndpointDown,
     EndpointUp,
+    Event,
     FirstToken,
     PrefillFinished,
     RunEnded,
     RunStarted,
     Send,
+    Tick,
+    ToolFinished,
+    ToolStarted,
 )
 from planner.dispatch.forecast import Forecaster
-from planner.dispatch.policies.base import Policy
+from planner.dispatch.policies.base import Observing, Policy
 from planner.dispatch.router import Router
 from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
 from planner.domain.errors import InvalidInput, NoEndpointAvailable
@@ -88,6 +93,7 @@ class _Run:
     predicted_s: float | None
     waiting: list[int]
     children: list[list[int]]
+    parents: list[tuple[str, ...]]
     left: int
     calls: int = 0
     over: bool = False
@@ -144,6 +150,8 @@ class _Simulation:
     ) -> None:
         self.fleet = fleet
         self.router = Router(fleet, policy, forecaster)
+        # Told only to who listens: most policies do not, and runs have many tools and branches.
+        self.observed = isinstance(policy, Observing)
         self.forecaster = forecaster
         self.policy = policy
         self.dispatch_s = dispatch_s
@@ -220,10 +228,16 @@ class _Simulation:
             predicted_s=predicted,
             waiting=[len(task.preds) for task in spec.tasks],
             children=children,
+            parents=_parent_calls(spec),
             left=len(spec.tasks),
         )
-        self.router.handle(
-            RunStarted(run_id=spec.run_id, workflow_hash=spec.workflow_hash, now_s=now_s)
+        self.tell(
+            RunStarted(
+                run_id=spec.run_id,
+                workflow_hash=spec.workflow_hash,
+                now_s=now_s,
+                tenant=spec.tenant,
+            )
         )
         if spec.patience_s is not None:
             self.at(now_s + spec.patience_s, 1, lambda now: self.give_up(run, "cancelled", now))
@@ -241,11 +255,15 @@ class _Simulation:
                 lambda now, ready=now_s + task.delay_s: self.send(run, task, ready, now),  # type: ignore[misc]
             )
         else:
+            if self.observed:
+                self.tell(ToolStarted(run_id=run.spec.run_id, node=task.node, now_s=now_s))
             self.at(now_s + task.delay_s, 1, lambda now: self.tool_done(run, task, now_s, now))
 
     def tool_done(self, run: _Run, task: Task, start_s: float, now_s: float) -> None:
         if run.over:
             return
+        if self.observed:
+            self.tell(ToolFinished(run_id=run.spec.run_id, node=task.node, now_s=now_s))
         if task.kind == "tool":
             self.records.append(
                 ToolRecord(
@@ -261,6 +279,10 @@ class _Simulation:
     def done(self, run: _Run, task: Task, now_s: float) -> None:
         spec = run.spec
         for branch, outcome in task.outcomes:
+            if self.observed:
+                self.tell(
+                    BranchTaken(run_id=spec.run_id, branch=branch, outcome=outcome, now_s=now_s)
+                )
             visit = run.branch_visits.get(branch, 0)
             run.branch_visits[branch] = visit + 1
             self.records.append(
@@ -287,14 +309,14 @@ class _Simulation:
             return
         for flight in list(run.flights.values()):
             self.withdraw(flight, now_s)
-            self.router.handle(CallCancelled(call_id=flight.call.call_id, now_s=now_s))
+            self.tell(CallCancelled(call_id=flight.call.call_id, now_s=now_s))
             self.record(flight, "cancelled", now_s)
         self.end(run, status, now_s)
 
     def end(self, run: _Run, status: str, now_s: float) -> None:
         spec = run.spec
         run.over = True
-        self.router.handle(RunEnded(run_id=spec.run_id, now_s=now_s))
+        self.tell(RunEnded(run_id=spec.run_id, now_s=now_s))
         if self.keeper:
             self.keeper.ended(spec.run_id, now_s)
         self.records.append(
@@ -338,6 +360,9 @@ class _Simulation:
             visit=task.visit,
             max_tokens=task.max_tokens,
             session_id=spec.session_id,
+            tenant=spec.tenant,
+            deadline_s=spec.deadline_s,
+            parents=run.parents[task.index],
         )
         flight = _Flight(run, task, call, chain, attempt)
         self.flights[call.call_id] = run.flights[call.call_id] = flight
@@ -347,12 +372,26 @@ class _Simulation:
             flight.decision_us = (self.timer() - before) * 1e6
         self.obey(commands, now_s)
 
+    def tell(self, event: Event) -> None:
+        """Tell the router, and obey once the present event is dealt with everywhere."""
+        commands = self.router.handle(event)
+        if commands:
+            self.at(event.now_s, 1, lambda now: self.obey(commands, now))
+
     def obey(self, commands: Sequence[Command], now_s: float) -> None:
         for command in commands:
             if isinstance(command, Send):
-                flight = self.flights[command.call_id]
+                flight = self.flights.get(command.call_id)
+                if flight is None:
+                    continue  # its run was given up in the same instant
                 flight.send, flight.sent_s = command, now_s
-                self.submit(flight, command.endpoint, now_s)
+                if self.cluster.up[command.endpoint]:
+                    self.submit(flight, command.endpoint, now_s)
+                else:  # it crashed in the same instant
+                    self.fail(flight, "endpoint down", now_s)
+            elif command.until_s is not None:
+                wake_s = max(command.until_s, now_s)
+                self.at(wake_s, 1, lambda now: self.tell(Tick(now_s=now)))
 
     def submit(self, flight: _Flight, index: int, now_s: float) -> None:
         """Send a flight's first request, or hand it over to its decode endpoint."""
@@ -385,7 +424,7 @@ class _Simulation:
         elif not isinstance(event, Finished):
             if not flight.prefilling:
                 flight.first_token_s = event.time_s
-                self.router.handle(FirstToken(call_id=flight.call.call_id, now_s=event.time_s))
+                self.tell(FirstToken(call_id=flight.call.call_id, now_s=event.time_s))
                 if self.keeper:
                     self.keeper.let_go(flight.call.run_id, event.time_s)
         elif flight.prefilling:
@@ -397,7 +436,7 @@ class _Simulation:
         task, call = flight.task, flight.call
         if not flight.handed_over and flight.request:
             flight.cached_tokens = flight.request.cached_tokens
-        self.router.handle(
+        self.tell(
             CallFinished(
                 call_id=call.call_id,
                 now_s=now_s,
@@ -425,7 +464,7 @@ class _Simulation:
 
     def fail(self, flight: _Flight, reason: str, now_s: float) -> None:
         """Fail an attempt that is off its engines; try again, or fail the run."""
-        self.router.handle(CallFailed(call_id=flight.call.call_id, now_s=now_s, reason=reason))
+        self.tell(CallFailed(call_id=flight.call.call_id, now_s=now_s, reason=reason))
         self.record(flight, "failed", now_s)
         if flight.attempt + 1 < self.max_attempts:
             self.send(flight.run, flight.task, flight.call.ready_s, now_s, flight.attempt + 1)
@@ -496,7 +535,7 @@ class _Simulation:
         assert flight.request is not None  # noqa: S101 - it has just finished
         flight.cached_tokens = flight.request.cached_tokens
         self.kept[call_id] = send.endpoint
-        self.router.handle(PrefillFinished(call_id=call_id, now_s=now_s))
+        self.tell(PrefillFinished(call_id=call_id, now_s=now_s))
         if self.cluster.up[send.decode_endpoint]:
             self.submit(flight, send.decode_endpoint, now_s)
         else:
@@ -572,7 +611,7 @@ class _Simulation:
         if not self.cluster.up[index]:
             return
         self.cluster.crash(index)
-        self.router.handle(EndpointDown(endpoint=index, now_s=now_s))
+        self.tell(EndpointDown(endpoint=index, now_s=now_s))
         if self.keeper:
             self.keeper.lost(index, now_s)
         orphans = {call_id for call_id, source in self.kept.items() if source == index}
@@ -591,7 +630,21 @@ class _Simulation:
     def restart(self, index: int, now_s: float) -> None:
         if not self.cluster.up[index]:
             self.cluster.restart(index, now_s)
-            self.obey(self.router.handle(EndpointUp(endpoint=index, now_s=now_s)), now_s)
+            self.tell(EndpointUp(endpoint=index, now_s=now_s))
+
+
+def _parent_calls(spec: RunSpec) -> list[tuple[str, ...]]:
+    """Return for each task the ids of the calls that lead to it, directly or through tools."""
+    found: list[tuple[str, ...]] = []
+    for task in spec.tasks:
+        calls: dict[str, None] = {}
+        for pred in task.preds:
+            if spec.tasks[pred].kind == "llm":
+                calls[f"{spec.run_id}/{pred}"] = None
+            else:
+                calls.update(dict.fromkeys(found[pred]))
+        found.append(tuple(calls))
+    return found
 
 
 def simulate(

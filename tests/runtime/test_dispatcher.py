@@ -9,6 +9,7 @@ import pytest
 from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import make_policy
+from planner.dispatch.policies.base import Choice, Wait
 from planner.dispatch.router import Router
 from planner.domain.errors import NoEndpointAvailable
 from planner.domain.estimates import EstimateTable
@@ -19,9 +20,10 @@ from runtime.dispatcher import Dispatcher, Moved
 class Bench:
     """A dispatcher with its records."""
 
-    def __init__(self, fleet, **limits):
+    def __init__(self, fleet, policy=None, **limits):
         self.records = []
-        self.router = Router(fleet, make_policy("least_load"), Forecaster(EstimateTable()))
+        policy = policy or make_policy("least_load")
+        self.router = Router(fleet, policy, Forecaster(EstimateTable()))
         self.dispatcher = Dispatcher(
             self.router, Clock(), self.records.append, table_version="v1", **limits
         )
@@ -151,3 +153,45 @@ async def test_held_calls_can_be_moved(bench):
     with pytest.raises(Moved):
         await waiting
     assert bench.router.held == 0
+
+
+class Gate:
+    """Lets calls through one at a time, or when it is opened."""
+
+    name = "gate"
+
+    def __init__(self):
+        self.open = False
+
+    def order(self, held, fleet, now_s):
+        return held
+
+    def choose(self, ready):
+        if self.open or not ready.candidates[0].in_flight:
+            return Choice(0, "gate")
+        return Wait("shut", until_s=ready.now_s + 0.001)
+
+
+async def test_a_call_waits_its_turn_until_another_ends(fleet_of):
+    """A call held by the policy is sent by the event that lets it through, not by a time limit."""
+    bench = Bench(fleet_of(1), Gate(), hold_timeout_s=0.001, hold_limit=0)
+    first = await bench.place("a")
+    waiting = asyncio.create_task(bench.place("b"))
+    await settle_now()
+    assert bench.router.held == 1
+    first.finish(output_tokens=1, prompt_tokens=None, cached_tokens=None)
+    with await waiting as ticket:
+        assert ticket.call.call_id == "b"
+    assert (bench.router.held, bench.router.in_flight) == (0, 0)
+
+
+async def test_the_clock_wakes_a_policy_that_asks_for_it(fleet_of):
+    """A hold with an instant is offered again at that instant, without any other event."""
+    gate = Gate()
+    bench = Bench(fleet_of(1), gate)
+    with await bench.place("a"):
+        waiting = asyncio.create_task(bench.place("b"))
+        await settle_now()
+        gate.open = True
+        with await waiting as ticket:
+            assert ticket.send.reason == "gate"

@@ -1,19 +1,36 @@
-"""The one question a policy answers: which endpoint, at what priority."""
+"""The one question a policy answers: which endpoint, at what priority, or wait.
+
+Two more methods are optional. A policy with ``observe`` is told every event after the router has
+applied it. A policy with ``order`` may answer `Wait`: the router then keeps the call, and after
+each event offers held calls again, in the order and the selection that ``order`` returns. Such a
+policy sees to it that nothing waits for ever.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from planner.dispatch.cost import Cost, call_cost
-from planner.dispatch.events import Call
+from planner.dispatch.events import Call, Event
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.pairing import prefill_only
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Choice", "Policy", "Ready", "age_priority", "cost_of", "costs_of", "least"]
+__all__ = [
+    "Choice",
+    "Observing",
+    "Policy",
+    "Queueing",
+    "Ready",
+    "Wait",
+    "age_priority",
+    "cost_of",
+    "costs_of",
+    "least",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +57,22 @@ class Choice:
     priority: int = 0
     cost: Cost | None = None
     decode_endpoint: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A policy's answer that keeps the call in the router.
+
+    Parameters
+    ----------
+    reason
+        Label for people and metrics.
+    until_s
+        When to ask again at the latest, on the caller's clock; None leaves it to other events.
+    """
+
+    reason: str
+    until_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +109,26 @@ class Policy(Protocol):
 
     name: str
 
-    def choose(self, ready: Ready) -> Choice:
+    def choose(self, ready: Ready) -> Choice | Wait:
         """Return the choice for a ready call."""
+        ...
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """A policy that follows what happens."""
+
+    def observe(self, event: Event, fleet: FleetView) -> None:
+        """Take note of an event; the view already shows its effect."""
+        ...
+
+
+@runtime_checkable
+class Queueing(Protocol):
+    """A policy that may keep calls waiting in the router."""
+
+    def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Sequence[Call]:
+        """Return the held calls to offer now, first one first; an empty answer offers none."""
         ...
 
 

@@ -1,10 +1,16 @@
 """The simulation kernel on runs small enough to work out by hand."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from planner.dispatch.events import Call, CallArrived, Event
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import make_policy
+from planner.dispatch.policies.base import Choice, Ready, Wait
+from planner.dispatch.view import FleetView
 from planner.domain.blocks import Segment
 from planner.domain.errors import InvalidInput, NoEndpointAvailable
 from planner.domain.estimates import EstimateTable
@@ -218,3 +224,41 @@ def test_tuning_finds_the_best_of_the_grid_with_equal_budgets() -> None:
 def test_no_finished_run_scores_infinitely_bad() -> None:
     """A policy under which nothing finishes can never win a tuning."""
     assert mean_latency_s([]) == float("inf")
+
+
+class OneByOne:
+    """Sends a call once the endpoint is idle, and notes what it is told."""
+
+    name = "one_by_one"
+
+    def __init__(self) -> None:
+        self.seen: list[Event] = []
+
+    def observe(self, event: Event, fleet: FleetView) -> None:
+        self.seen.append(event)
+
+    def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Sequence[Call]:
+        return held
+
+    def choose(self, ready: Ready) -> Choice | Wait:
+        if ready.candidates[0].in_flight:
+            return Wait("busy", until_s=ready.now_s + 0.05)
+        return Choice(0, "idle")
+
+
+def test_calls_that_a_policy_holds_are_sent_later_and_all_end() -> None:
+    """Held calls go one after the other, and every event a policy may see is told in order."""
+    tool = Task(index=1, node=NodeId("t"), kind="tool", preds=(0,), delay_s=0.5)
+    runs = [spec(call(0), tool, call(2, 1), name=name) for name in ("r0", "r1")]
+    policy = OneByOne()
+    records = simulate(runs, fleet(), policy, Forecaster(EstimateTable()))
+    calls = sorted(
+        (record for record in records if isinstance(record, CallRecord)),
+        key=lambda record: record.sent_s,
+    )
+    assert len(calls) == 4
+    assert all(a.finish_s <= b.sent_s for a, b in pairwise(calls))
+    kinds = [type(event).__name__ for event in policy.seen]
+    assert {"ToolStarted", "ToolFinished", "Tick", "RunStarted", "RunEnded"} <= set(kinds)
+    arrived = [event.call for event in policy.seen if isinstance(event, CallArrived)]
+    assert {ready.parents for ready in arrived} == {(), ("r0/0",), ("r1/0",)}
