@@ -22,6 +22,8 @@ __all__ = ["Solution", "greedy_solution", "least_levels"]
 _BATCH = 256
 """Candidate plans evaluated at once: enough to amortise numpy, small enough for the cache."""
 
+_NO_ROOM = int(np.iinfo(np.int64).max)
+"""Value of a candidate that some endpoint has no room for."""
 
 _Move = tuple[tuple[int, int, int], ...]
 """Changes (class, site, new endpoint) that make one candidate."""
@@ -58,14 +60,14 @@ def least_levels(loads: Ints, room: Ints) -> Ints:
 def greedy_solution(
     instance: Instance, timing: Timing, *, start: Ints | None = None, effort: float = 1e8
 ) -> Solution | None:
-    """Return a plan that no single move improves, or None if the construction finds no room.
+    """Return a plan that no single move improves, or None if no start finds room.
 
     Parameters
     ----------
     instance, timing
         The question.
     start
-        Placements (R, K) with room to descend from in place of the constructions.
+        Placements (R, K) to descend from in place of the constructions.
     effort
         Where to stop at the latest: sums of service ticks that may be looked up, >= 0. A count
         and not a time, so that the result is reproducible; 1e8 is about a second.
@@ -76,7 +78,7 @@ def greedy_solution(
     if not starts:
         return None
     best = min((search.descend(one, effort / len(starts)) for one in starts), key=lambda s: s[1])
-    return search.finished(best[0])
+    return None if best[1] == _NO_ROOM else search.finished(best[0])
 
 
 class _Search:
@@ -180,7 +182,7 @@ class _Search:
         """Return the summed latency of candidate placements, the largest integer if no room."""
         levels = self._levels(batch)
         fits = (levels >= 0).all(axis=1)
-        values = np.full(len(batch), np.iinfo(np.int64).max)
+        values = np.full(len(batch), _NO_ROOM)
         if fits.any():
             good = batch[fits]
             rows = good.reshape(-1, self._sites)

@@ -25,6 +25,7 @@ from planner.solve.bounds import carried_rate_rps, critical_path_ticks
 from planner.solve.budget import Budget
 from planner.solve.constraints import add_constraints
 from planner.solve.heuristics import Solution, greedy_solution
+from planner.solve.hints import carried_over
 from planner.solve.instance import Instance, Ints, build_instance
 from planner.solve.objective import mean_latency_s, minimise_latency
 from planner.solve.relaxation import Relaxation, relax
@@ -85,6 +86,7 @@ def solve_plan(
     seed: int = 0,
     budget: Budget | None = None,
     progress: Callable[[Progress], None] | None = None,
+    hint: Plan | None = None,
 ) -> PlanResult:
     """Plan one workflow on a fleet.
 
@@ -102,6 +104,8 @@ def solve_plan(
         15 s of wall clock on two workers unless given.
     progress
         Called with each improvement, from a thread of the solver.
+    hint
+        An earlier plan to start from, if it is better than what is found without.
 
     Raises
     ------
@@ -122,7 +126,7 @@ def solve_plan(
         arrival_rate_rps=arrival_rate_rps,
         run_classes=run_classes,
     )
-    return solve_instance(instance, runs, seed=seed, budget=budget, progress=progress)
+    return solve_instance(instance, runs, seed=seed, budget=budget, progress=progress, hint=hint)
 
 
 def solve_instance(
@@ -132,6 +136,7 @@ def solve_instance(
     seed: int = 0,
     budget: Budget | None = None,
     progress: Callable[[Progress], None] | None = None,
+    hint: Plan | None = None,
 ) -> PlanResult:
     """Plan an instance made from ``runs``; see `solve_plan`."""
     budget = budget or Budget()
@@ -148,6 +153,11 @@ def solve_instance(
     if relaxed is not None:
         least = max(least, relaxed.bound_ticks)
     start = _first_plan(instance, timing, relaxed, budget.relative_gap, seed)
+    if hint is not None:
+        carried_plan = carried_over(hint, instance, timing, effort=_POLISH)
+        if carried_plan is not None:
+            known = (carried_plan,) if start is None else (start, carried_plan)
+            start = min(known, key=lambda one: one.objective_ticks)
     log = _Log(instance, progress)
     if start is not None:
         log.note(0.0, start.objective_ticks, least)
