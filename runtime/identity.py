@@ -1,8 +1,9 @@
 """Who is calling: run, node, site and session of a request, from headers, body or content.
 
-The first hit wins, in the order of the tables below. Our own headers name the run directly; the
-headers and body fields of other routers and agent programs name a session, which then stands for
-the run; a client that sends nothing is recognised by the beginning of its conversation.
+Our own headers name the run directly; the headers and body fields of other routers and agent
+programs name a session, which then stands for the run; a client that sends nothing is recognised
+by the beginning of its conversation. Which headers and fields are looked at, and in what order,
+is a setting; the first hit wins.
 
 ================================  ================================================================
 header                            meaning
@@ -15,19 +16,24 @@ header                            meaning
 ``x-almanac-visit``               earlier entries of the run into the node
 ``x-almanac-attempt``             the client's own retries of this call
 ``x-almanac-session-id`` ...      the session, see `SESSION_HEADERS`
-``x-dynamo-session-final: true``  the run ends with this call
+``x-almanac-parent-run-id`` ...   the run this one was started by, see `_PARENT_HEADERS`
+``x-almanac-run-final: true``     the run ends with this call (``x-dynamo-session-final`` as well)
 ================================  ================================================================
+
+vLLM's ``vllm_xargs.agentic_context`` gives ``program_id`` (the run), ``parent_program_id``,
+``task_id`` (the node) and ``step_id``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from runtime.fingerprint import Prompt
 
-__all__ = ["SESSION_HEADERS", "Identity", "identify"]
+__all__ = ["SESSION_FIELDS", "SESSION_HEADERS", "Identity", "identify"]
 
 SESSION_HEADERS = (
     "x-almanac-session-id",
@@ -36,14 +42,22 @@ SESSION_HEADERS = (
     "x-smg-routing-key",
     "x-litellm-session-id",
     "x-claude-code-session-id",
-    "session-id",
-    "x-session-affinity",
+    "session-id",  # Codex
+    "session_id",
+    "x-session-affinity",  # OpenCode
+    "traceparent",
 )
-_SESSION_FIELDS = ("prompt_cache_key", "previous_response_id", "user")
+"""Of these only ``traceparent`` is not taken whole: its trace id stands for the session."""
+SESSION_FIELDS = ("session_params.session_id", "prompt_cache_key", "previous_response_id", "user")
+_AGENT_HEADERS = ("x-almanac-agent-id", "x-claude-code-agent-id")
+_PARENT_HEADERS = ("x-almanac-parent-run-id", "x-parent-session-id")
+_PARENT_AGENT_HEADERS = ("x-claude-code-parent-agent-id",)
+_FINAL_HEADERS = ("x-almanac-run-final", "x-dynamo-session-final")
 _LONGEST = 200
 """Characters of an identity that are kept; a longer one is cut."""
 _LARGEST = 1_000_000
 """Largest counter that is believed."""
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +70,10 @@ class Identity:
         Never empty.
     workflow
         Hash or name as the client gave it, or an empty string.
+    agent_id
+        Sub-agent within the session, or an empty string.
+    parent_id
+        Run (or agent, ``session/agent``) that started this one, or an empty string.
     source
         Where the run id came from: ``run`` (our header), ``session``, ``program`` or ``content``.
     final
@@ -70,11 +88,20 @@ class Identity:
     visit: int = 0
     attempt: int = 0
     session_id: str | None = None
+    agent_id: str = ""
+    parent_id: str = ""
     source: str = "content"
     final: bool = False
 
 
-def identify(headers: Mapping[str, str], payload: Mapping[str, Any], prompt: Prompt) -> Identity:
+def identify(
+    headers: Mapping[str, str],
+    payload: Mapping[str, Any],
+    prompt: Prompt,
+    *,
+    session_headers: Sequence[str] = SESSION_HEADERS,
+    session_fields: Sequence[str] = SESSION_FIELDS,
+) -> Identity:
     """Return the identity of a request.
 
     Parameters
@@ -85,36 +112,79 @@ def identify(headers: Mapping[str, str], payload: Mapping[str, Any], prompt: Pro
         Parsed body.
     prompt
         Its fingerprint, for clients that send nothing.
+    session_headers, session_fields
+        Where a session may be named, first hit wins; dots lead inside a field.
     """
-    session = _first(headers, SESSION_HEADERS) or _session_in(payload)
-    run = _clip(headers.get("x-almanac-run-id"))
-    source = "run"
+    session = _session(headers, payload, session_headers, session_fields)
+    context = _inside(payload, ("vllm_xargs", "agentic_context"))
+    context = context if isinstance(context, dict) else {}
+    agent = _first(headers, _AGENT_HEADERS)
+    parent = _first(headers, _PARENT_HEADERS) or _clip(context.get("parent_program_id"))
+    run, source = _clip(headers.get("x-almanac-run-id")), "run"
     if not run:
-        run, source = _program_in(payload), "program"
+        run, source = _clip(context.get("program_id")), "program"
     if not run and session:
         run, source = session, "session"
+        if agent:
+            # A sub-agent has a conversation and an end of its own within the session.
+            above = _first(headers, _PARENT_AGENT_HEADERS)
+            run, parent = f"{session}/{agent}", f"{session}/{above}" if above else session
     if not run:
         run, source = f"content-{prompt.head & 0xFFFFFFFFFFFFFFFF:016x}", "content"
-    node = _clip(headers.get("x-almanac-node"))
+    node = _clip(headers.get("x-almanac-node")) or _clip(context.get("task_id"))
     return Identity(
         run_id=run,
         workflow=_clip(headers.get("x-almanac-workflow")),
         node=node,
         site=_clip(headers.get("x-almanac-site")) or (f"{node}#0" if node else ""),
-        step=_counter(headers, "x-almanac-step"),
-        visit=_counter(headers, "x-almanac-visit"),
-        attempt=_counter(headers, "x-almanac-attempt"),
+        step=_counter(headers.get("x-almanac-step", context.get("step_id"))),
+        visit=_counter(headers.get("x-almanac-visit")),
+        attempt=_counter(headers.get("x-almanac-attempt")),
         session_id=session or None,
+        agent_id=agent,
+        parent_id=parent if parent != run else "",
         source=source,
-        final=headers.get("x-dynamo-session-final", "").lower() == "true",
+        final=any(headers.get(name, "").lower() == "true" for name in _FINAL_HEADERS),
     )
+
+
+def _session(
+    headers: Mapping[str, str],
+    payload: Mapping[str, Any],
+    names: Sequence[str],
+    fields: Sequence[str],
+) -> str:
+    """Return the session's name; empty if nothing names it."""
+    for name in names:
+        value = headers.get(name)
+        if value and name == "traceparent":
+            value = _trace_id(value)
+        if value:
+            return value[:_LONGEST]
+    for field in fields:
+        if found := _clip(_inside(payload, field.split("."))):
+            return found
+    return ""
+
+
+def _trace_id(value: str) -> str:
+    """Return the trace id of a W3C ``traceparent``; empty if it is not valid."""
+    match = _TRACE.fullmatch(value.strip().lower())
+    return match[1] if match and match[1].strip("0") else ""
+
+
+def _inside(payload: Mapping[str, Any], names: Sequence[str]) -> Any:
+    value: Any = payload
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def _clip(value: Any) -> str:
     return value[:_LONGEST] if isinstance(value, str) else ""
 
 
-def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
+def _first(headers: Mapping[str, str], names: Sequence[str]) -> str:
     for name in names:
         value = headers.get(name)
         if value:
@@ -122,22 +192,8 @@ def _first(headers: Mapping[str, str], names: tuple[str, ...]) -> str:
     return ""
 
 
-def _session_in(payload: Mapping[str, Any]) -> str:
-    parameters = payload.get("session_params")
-    if isinstance(parameters, dict) and (found := _clip(parameters.get("session_id"))):
-        return found
-    for name in _SESSION_FIELDS:
-        if found := _clip(payload.get(name)):
-            return found
-    return ""
-
-
-def _program_in(payload: Mapping[str, Any]) -> str:
-    extra = payload.get("vllm_xargs")
-    context = extra.get("agentic_context") if isinstance(extra, dict) else None
-    return _clip(context.get("program_id")) if isinstance(context, dict) else ""
-
-
-def _counter(headers: Mapping[str, str], name: str) -> int:
-    text = headers.get(name, "")
+def _counter(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return min(max(value, 0), _LARGEST)
+    text = value if isinstance(value, str) else ""
     return min(int(text), _LARGEST) if text.isascii() and text.isdigit() and len(text) < 19 else 0

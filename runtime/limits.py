@@ -14,6 +14,11 @@ __all__ = ["ANYONE", "Limits", "Rate", "Tenancy", "Tenant"]
 _MINUTE_S = 60.0
 
 
+def _above_zero(name: str, value: float | None) -> None:
+    if value is not None and not 0.0 < value < math.inf:
+        raise InvalidInput(f"{value!r}", where=name, remedy="use a number above 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
     """One party that is told apart by its key.
@@ -148,8 +153,3 @@ class Rate:
         grown = (now_s - self._last_s) * self.per_minute / _MINUTE_S
         self._left = min(self.per_minute, self._left + grown)
         self._last_s = now_s
-
-
-def _above_zero(name: str, value: float | None) -> None:
-    if value is not None and not 0.0 < value < math.inf:
-        raise InvalidInput(f"{value!r}", where=name, remedy="use a number above 0")

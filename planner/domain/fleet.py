@@ -25,9 +25,22 @@ from planner.domain.memory import (
     model_size,
 )
 
-__all__ = ["FLEET_SCHEMA", "Endpoint", "Fleet", "latency_rows", "load_fleet"]
+__all__ = [
+    "FLEET_SCHEMA",
+    "SECTIONS",
+    "Endpoint",
+    "Fleet",
+    "latency_rows",
+    "load_fleet",
+    "parse_fleet",
+    "read_endpoint",
+]
 
 FLEET_SCHEMA = "almanac.fleet/1"
+SECTIONS = (
+    "faults", "hints", "identity", "limits", "policy", "server", "telemetry", "tenants", "tls",
+)  # fmt: skip
+"""Sections a fleet file may hold for the gateway; nobody else reads them."""
 
 _COEFFICIENTS = {
     "a": "prefill_base_ms",
@@ -322,7 +335,14 @@ def _size(raw: Mapping[str, Any], where: str) -> ModelSize | None:
     )
 
 
-def _endpoint(value: Any, where: str) -> Endpoint:
+def read_endpoint(value: Any, where: str) -> Endpoint:
+    """Return an endpoint from its mapping, as `load_fleet` reads those under ``workers``.
+
+    Raises
+    ------
+    FleetError
+        Naming ``where``, field, value and remedy.
+    """
     raw = closed_mapping(value, where, _WORKER_FIELDS, FleetError)
     for name in ("id", "model", "gpu", "latency", "slots"):
         if name not in raw:
@@ -396,9 +416,21 @@ def load_fleet(path: Path) -> Fleet:
     FleetError, InvalidInput
         Naming file, field, value and remedy.
     """
-    document = read_yaml(path, what="fleet file")
+    return parse_fleet(read_yaml(path, what="fleet file"), str(path), default_name=path.stem)
+
+
+def parse_fleet(document: Any, file: str, *, default_name: str) -> Fleet:
+    """Return the fleet of a parsed fleet file; see `load_fleet`.
+
+    Parameters
+    ----------
+    file
+        For errors.
+    default_name
+        Of a fleet without a name.
+    """
     try:
-        raw = closed_mapping(document, "", {"schema", "name", "workers"}, FleetError)
+        raw = closed_mapping(document, "", {"schema", "name", "workers", *SECTIONS}, FleetError)
         if raw.get("schema") != FLEET_SCHEMA:
             raise FleetError(
                 f"{raw.get('schema')!r} is not a schema this version reads",
@@ -407,11 +439,12 @@ def load_fleet(path: Path) -> Fleet:
             )
         workers = items(raw.get("workers"), "workers", FleetError)
         return Fleet(
-            name=text(raw.get("name", path.stem), "name", FleetError),
+            name=text(raw.get("name", default_name), "name", FleetError),
             endpoints=tuple(
-                _endpoint(worker, f"workers[{position}]") for position, worker in enumerate(workers)
+                read_endpoint(worker, f"workers[{position}]")
+                for position, worker in enumerate(workers)
             ),
         )
     except InvalidInput as error:
-        where = f"{path}: {error.where}" if error.where else str(path)
+        where = f"{file}: {error.where}" if error.where else file
         raise FleetError(error.what, where=where, remedy=error.remedy) from error

@@ -41,7 +41,7 @@ def test_the_first_site_of_a_node_is_assumed():
     assert who({"x-almanac-node": "n"}).site == "n#0"
 
 
-@pytest.mark.parametrize("name", SESSION_HEADERS)
+@pytest.mark.parametrize("name", [name for name in SESSION_HEADERS if name != "traceparent"])
 def test_session_headers_of_others_stand_for_the_run(name):
     """Without a run id, any known session header names the run."""
     identity = who({name: "abc"})
@@ -83,6 +83,7 @@ def test_silent_clients_are_known_by_their_conversation():
 def test_the_end_of_a_session_is_heard():
     """Dynamo's header says that a run ends with this call."""
     assert who({"x-dynamo-session-final": "True"}).final
+    assert who({"x-almanac-run-final": "true"}).final
     assert not who().final
 
 
@@ -96,3 +97,56 @@ def test_long_names_are_cut():
     """An identity has a bounded length, whatever a client sends."""
     assert len(who({"x-almanac-run-id": "x" * 5000}).run_id) == 200
     assert who(payload={"user": 5, "session_params": [1], "vllm_xargs": "x"}).source == "content"
+
+
+@pytest.mark.parametrize(
+    ("value", "run"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "4bf92f3577b34da6a3ce929d0e0e4736"),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", None),
+        ("4bf92f3577b34da6a3ce929d0e0e4736", None),
+    ],
+)  # fmt: skip
+def test_a_trace_is_a_run(value, run):
+    """The trace id of a valid W3C traceparent names the run; whatever else is there does not."""
+    identity = who({"traceparent": value})
+    assert (identity.run_id if run else identity.source) == (run or "content")
+
+
+def test_sub_agents_are_runs_below_their_parents():
+    """Agents of one session are told apart, and each knows who started it."""
+    base = {"x-claude-code-session-id": "s"}
+    main = who(base)
+    child = who({**base, "x-claude-code-agent-id": "a"})
+    grandchild = who({**base, "x-claude-code-agent-id": "b", "x-claude-code-parent-agent-id": "a"})
+    assert (main.run_id, main.parent_id) == ("s", "")
+    assert (child.run_id, child.parent_id, child.agent_id) == ("s/a", "s", "a")
+    assert (grandchild.run_id, grandchild.parent_id) == ("s/b", "s/a")
+    assert who({"session-id": "c", "x-parent-session-id": "p"}).parent_id == "p"
+    assert {one.session_id for one in (main, child, grandchild)} == {"s"}
+
+
+def test_the_agentic_context_gives_node_step_and_parent():
+    """vLLM's context names program, parent, task and step; odd values are nothing."""
+    context = {"program_id": "p", "parent_program_id": "q", "task_id": "plan", "step_id": 3}
+    identity = who(payload={"vllm_xargs": {"agentic_context": context}})
+    assert (identity.run_id, identity.parent_id) == ("p", "q")
+    assert (identity.node, identity.site, identity.step) == ("plan", "plan#0", 3)
+    odd = who(payload={"vllm_xargs": {"agentic_context": {"program_id": 5, "step_id": "x"}}})
+    assert (odd.source, odd.step) == ("content", 0)
+
+
+def test_what_is_looked_at_is_a_setting():
+    """Configured headers and fields are read in their order, first hit wins, and no others."""
+    headers = CIMultiDict({"X-Team-Run": "mine", "x-session-id": "other"})
+    payload = {"metadata": {"thread": "t"}, "user": "u"}
+
+    def run(names, fields):
+        return identify(
+            headers, payload, PROMPT, session_headers=names, session_fields=fields
+        ).run_id
+
+    assert run(("x-team-run", "x-session-id"), ()) == "mine"
+    assert run(("x-session-id", "x-team-run"), ()) == "other"
+    assert run((), ("metadata.thread", "user")) == "t"
+    assert run((), ()).startswith("content-")
