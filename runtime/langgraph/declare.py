@@ -16,10 +16,12 @@ __all__ = [
     "CallDeclaration",
     "ToolDeclaration",
     "branch",
+    "declare_calls",
     "declared_calls",
     "declared_outcomes",
     "declared_tool",
     "llm_call",
+    "positive_s",
     "tool_call",
 ]
 
@@ -40,6 +42,8 @@ class CallDeclaration:
     model: str | None = None
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    deadline_s: float | None = None
+    priority: str | int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,8 @@ def llm_call(
     model: str | None = None,
     reads: Iterable[str] = (),
     writes: Iterable[str] = (),
+    deadline_s: float | None = None,
+    priority: str | int | None = None,
 ) -> Callable[[F], F]:
     """Declare one call to a language model inside a node function.
 
@@ -75,11 +81,15 @@ def llm_call(
         Model the call needs; None for whatever the request names.
     reads, writes
         State keys the prompt uses and the answer fills.
+    deadline_s
+        Hard limit of this call, seconds after it is made, > 0; the run's own counts too.
+    priority
+        Of this call in place of the run's, see `runtime.langgraph.settings.run`.
 
     Raises
     ------
     ValueError
-        If a number is negative or not finite.
+        If a number is out of range or not finite.
     """
     declaration = CallDeclaration(
         expected_output_tokens=_not_negative(expected_output_tokens, "expected_output_tokens"),
@@ -88,13 +98,14 @@ def llm_call(
         model=model,
         reads=tuple(reads),
         writes=tuple(writes),
+        deadline_s=positive_s(deadline_s, "deadline_s"),
+        priority=priority,
     )
     _not_negative(static_prefix_tokens, "static_prefix_tokens")
 
     def declare(function: F) -> F:
         # Decorators apply from the bottom up; calls are counted from the top.
-        setattr(function, _CALLS, (declaration, *getattr(function, _CALLS, ())))
-        return function
+        return declare_calls(function, (declaration, *declared_calls(function)))
 
     return declare
 
@@ -152,6 +163,12 @@ def branch(*, outcomes: Iterable[str | Collection[str]]) -> Callable[[F], F]:
     return declare
 
 
+def declare_calls(function: F, calls: Iterable[CallDeclaration]) -> F:
+    """Set the call sites of a function, in order of execution, and return it."""
+    setattr(function, _CALLS, tuple(calls))
+    return function
+
+
 def declared_calls(function: Any) -> tuple[CallDeclaration, ...]:
     """Return the call sites declared on a function, in order of execution."""
     return tuple(getattr(function, _CALLS, ()))
@@ -166,6 +183,19 @@ def declared_tool(function: Any) -> ToolDeclaration | None:
 def declared_outcomes(function: Any) -> tuple[tuple[str, ...], ...]:
     """Return the outcomes declared on a router function; empty if none are."""
     return tuple(getattr(function, _OUTCOMES, ()))
+
+
+def positive_s(value: float | None, name: str) -> float | None:
+    """Return a limit in seconds as it is.
+
+    Raises
+    ------
+    ValueError
+        If it is neither None nor a number > 0.
+    """
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: use seconds > 0")
+    return value
 
 
 def _not_negative(value: float | None, name: str) -> float | None:

@@ -16,8 +16,9 @@ header                    value
 ``x-almanac-visit``       how often this run entered the node before, from 0
 ``x-almanac-attempt``     tries before this one, by LangGraph's retry policy and by the client
 ``x-session-id``          runs that share history; LangGraph's ``thread_id`` unless given
-``x-almanac-deadline-s``  declared hard limit, seconds after the start of the run
-``x-almanac-priority``    declared priority class
+``x-almanac-deadline-s``  declared hard limit of the call, seconds after the start of the run
+``x-almanac-priority``    declared priority of the call or its run: a class, or a number; a
+                          higher one is more urgent
 ========================= ======================================================================
 
 Values are ASCII: other characters, control characters and ``%`` are percent-encoded as UTF-8. A
@@ -90,17 +91,16 @@ def identity_headers(*, client_retries: int = 0) -> dict[str, str]:
             "x-session-id": (config.get("configurable") or {}).get("thread_id"),
         }
     else:
+        site = tracker.site(namespace, attempt - client_retries, repeated=client_retries > 0)
         headers |= {
             "x-almanac-run-id": tracker.run_id,
             "x-almanac-workflow": tracker.workflow_hash or None,
             "x-almanac-node": tracker.path(namespace),
-            "x-almanac-site": tracker.site(
-                namespace, attempt - client_retries, repeated=client_retries > 0
-            ),
+            "x-almanac-site": site,
             "x-almanac-visit": tracker.visit(namespace),
             "x-session-id": tracker.session_id,
-            "x-almanac-deadline-s": tracker.deadline_s,
-            "x-almanac-priority": tracker.priority,
+            "x-almanac-deadline-s": tracker.deadline_of(site),
+            "x-almanac-priority": tracker.priority_of(site),
         }
     return {name: _ascii(str(value)) for name, value in headers.items() if value is not None}
 

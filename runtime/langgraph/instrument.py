@@ -15,7 +15,7 @@ import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from langchain_core.callbacks import BaseCallbackManager
 from langchain_core.runnables import RunnableConfig
@@ -23,9 +23,11 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.errors import GraphDrained
 from langgraph.pregel import Pregel
 
-from runtime.langgraph.ir import content_hash, workflow_ir
+from runtime.langgraph.declare import CallDeclaration
+from runtime.langgraph.ir import content_hash, declared_sites, workflow_ir
 from runtime.langgraph.reporter import Reporter
-from runtime.langgraph.settings import settings_of
+from runtime.langgraph.resume import Resumption, aresumption, persists, resumption
+from runtime.langgraph.settings import keys_of, settings_of
 from runtime.langgraph.tracker import RunTracker, Shape, tracker_of
 
 __all__ = ["Instrumentation", "instrument"]
@@ -33,6 +35,18 @@ __all__ = ["Instrumentation", "instrument"]
 _log = logging.getLogger(__name__)
 
 G = TypeVar("G")
+
+
+class Listener(Protocol):
+    """Takes what is known of workflows and runs; must neither block nor raise."""
+
+    def register(self, ir: Mapping[str, Any]) -> None:
+        """Take a workflow graph."""
+        ...
+
+    def emit(self, event: Mapping[str, Any]) -> None:
+        """Take one lifecycle event."""
+        ...
 
 
 class Instrumentation:
@@ -45,29 +59,36 @@ class Instrumentation:
     workflow, workflow_hash
         Its name and content hash; both empty without a graph.
     reporter
-        The background sender, or None without a gateway.
+        Takes the workflow graph and lifecycle events, or None without a gateway.
     """
 
-    def __init__(self, ir: Mapping[str, Any] | None, reporter: Reporter | None) -> None:
+    def __init__(
+        self,
+        ir: Mapping[str, Any] | None,
+        reporter: Listener | None,
+        declared: Mapping[str, CallDeclaration] | None = None,
+    ) -> None:
         self.ir = ir
         self.workflow = "" if ir is None else str(ir["name"])
         self.workflow_hash = "" if ir is None else content_hash(ir)
         self.reporter = reporter
-        self._shape = Shape(ir)
+        self._shape = Shape(ir, declared)
         if reporter is not None and ir is not None:
             reporter.register(ir)
 
-    def begin(self, *configs: Mapping[str, Any] | None) -> RunTracker | None:
-        """Return the identity of a new run; None if this is part of a run already.
+    def begin(
+        self, *configs: Mapping[str, Any] | None, goes_on: Resumption | None = None
+    ) -> RunTracker:
+        """Return the identity of a run that starts or goes on.
 
         Parameters
         ----------
         configs
             LangChain configs, the later ones winning.
+        goes_on
+            The run that is resumed, or None for a new one.
         """
         ambient = var_child_runnable_config.get()
-        if any(tracker_of(config) for config in (ambient, *configs)):
-            return None
         given: dict[str, Any] = {}
         run_id = None
         for config in filter(None, configs):
@@ -75,6 +96,11 @@ class Instrumentation:
             run_id = config.get("run_id") or run_id
         inherited = (ambient or {}).get("configurable") or {}
         settings = settings_of(given)
+        if goes_on is not None:
+            saved = settings_of(goes_on.saved)
+            settings = {
+                name: saved[name] if value is None else value for name, value in settings.items()
+            }
         tracker = RunTracker(
             run_id=str(settings["run_id"] or run_id or uuid.uuid4().hex),
             session_id=settings["session_id"] or given.get("thread_id"),
@@ -84,23 +110,26 @@ class Instrumentation:
             workflow_hash=self.workflow_hash,
             shape=self._shape,
             root=str(given.get("checkpoint_ns") or inherited.get("checkpoint_ns") or ""),
+            visits=None if goes_on is None else goes_on.visits,
             emit=None if self.reporter is None else self.reporter.emit,
         )
-        tracker.event("run_start")
+        tracker.event("run_start", **({} if goes_on is None else {"resumed": True}))
         return tracker
 
     def close(self) -> None:
         """Send what is still queued and stop the background sender."""
-        if self.reporter is not None:
+        if isinstance(self.reporter, Reporter):  # any other listener belongs to its maker
             self.reporter.close()
 
     async def aclose(self) -> None:
         """`close` without blocking the event loop."""
-        if self.reporter is not None:
+        if isinstance(self.reporter, Reporter):
             await self.reporter.aclose()
 
 
-def instrument(compiled_graph: G, *, workflow: str | None = None, gateway: str | None = None) -> G:
+def instrument(
+    compiled_graph: G, *, workflow: str | None = None, gateway: str | Listener | None = None
+) -> G:
     """Return a compiled graph whose runs carry an identity; use it in place of the original.
 
     Parameters
@@ -111,7 +140,8 @@ def instrument(compiled_graph: G, *, workflow: str | None = None, gateway: str |
         Name of the workflow; the compiled graph's own if None.
     gateway
         Address of the Almanac gateway, to which the workflow graph and lifecycle events go in the
-        background. None sends nothing; requests still carry their identity.
+        background; or the router of this process that ``almanac.embed`` returned. None sends
+        nothing; requests still carry their identity.
 
     Returns
     -------
@@ -145,8 +175,9 @@ def instrument(compiled_graph: G, *, workflow: str | None = None, gateway: str |
     graph = kind.__new__(kind)
     # A shallow copy: nodes and channels are templates, which a run does not change.
     vars(graph).update(vars(compiled_graph))
-    reporter = None if gateway is None else Reporter(gateway)
-    cast("_Instrumented", graph).almanac = Instrumentation(ir, reporter)
+    reporter = Reporter(gateway) if isinstance(gateway, str) else gateway
+    declared = None if ir is None else declared_sites(compiled_graph)
+    cast("_Instrumented", graph).almanac = Instrumentation(ir, reporter, declared)
     return cast("G", graph)
 
 
@@ -177,12 +208,15 @@ class _Instrumented:
     ) -> Iterator[Any]:
         """Run the graph and yield its output; see LangGraph."""
         graph = cast("Any", super())
-        tracker = self.almanac.begin(getattr(self, "config", None), config)
-        if tracker is None:
+        configs = (getattr(self, "config", None), config)
+        if _inside_a_run(*configs):
             yield from graph.stream(input, config, **kwargs)
             return
+        goes_on = resumption(self, input, *configs)
+        tracker = self.almanac.begin(*configs, goes_on=goes_on)
         with _lifecycle(tracker):
-            yield from graph.stream(input, _with(config, tracker), **kwargs)
+            config = _with(config, tracker, saved=persists(self))
+            yield from graph.stream(input, config, **kwargs)
 
     async def astream(
         self,
@@ -192,9 +226,12 @@ class _Instrumented:
     ) -> AsyncIterator[Any]:
         """Run the graph and yield its output; see LangGraph."""
         graph = cast("Any", super())
-        tracker = self.almanac.begin(getattr(self, "config", None), config)
-        if tracker is not None:
-            config = _with(config, tracker)
+        configs = (getattr(self, "config", None), config)
+        tracker = None
+        if not _inside_a_run(*configs):
+            goes_on = await aresumption(self, input, *configs)
+            tracker = self.almanac.begin(*configs, goes_on=goes_on)
+            config = _with(config, tracker, saved=persists(self))
         with _lifecycle(tracker):
             # A consumer that stops early must stop the run, and not when garbage is collected.
             async with contextlib.aclosing(graph.astream(input, config, **kwargs)) as chunks:
@@ -207,7 +244,11 @@ def _instrumented_type(base: type) -> type:
     return type(f"Instrumented{base.__name__}", (_Instrumented, base), {"__doc__": base.__doc__})
 
 
-def _with(config: RunnableConfig | None, tracker: RunTracker) -> RunnableConfig:
+def _inside_a_run(*configs: Mapping[str, Any] | None) -> bool:
+    return any(tracker_of(config) for config in (var_child_runnable_config.get(), *configs))
+
+
+def _with(config: RunnableConfig | None, tracker: RunTracker, *, saved: bool) -> RunnableConfig:
     # Not LangChain's merge: that would mix the surrounding config into the explicit one.
     callbacks: Any = (config or {}).get("callbacks")
     if isinstance(callbacks, BaseCallbackManager):
@@ -215,7 +256,19 @@ def _with(config: RunnableConfig | None, tracker: RunTracker) -> RunnableConfig:
         callbacks.add_handler(tracker, inherit=True)
     else:
         callbacks = [*(callbacks or ()), tracker]
-    return cast("RunnableConfig", {**(config or {}), "callbacks": callbacks})
+    changed: dict[str, Any] = {**(config or {}), "callbacks": callbacks}
+    if saved:  # what resumes the run reads its identity from the checkpoint
+        known = changed.get("metadata") or (var_child_runnable_config.get() or {}).get("metadata")
+        changed["metadata"] = {
+            **(known or {}),
+            **keys_of(
+                run_id=tracker.run_id,
+                session_id=tracker.session_id,
+                deadline_s=tracker.deadline_s,
+                priority=tracker.priority,
+            ),
+        }
+    return cast("RunnableConfig", changed)
 
 
 @contextlib.contextmanager

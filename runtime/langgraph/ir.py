@@ -30,7 +30,12 @@ from langgraph.graph import END, START
 from langgraph.prebuilt import ToolNode
 from langgraph.pregel import Pregel
 
-from runtime.langgraph.declare import declared_calls, declared_outcomes, declared_tool
+from runtime.langgraph.declare import (
+    CallDeclaration,
+    declared_calls,
+    declared_outcomes,
+    declared_tool,
+)
 from runtime.langgraph.references import (
     calls_model,
     code_constants,
@@ -43,6 +48,7 @@ __all__ = [
     "SEPARATOR",
     "WORKFLOW_SCHEMA",
     "content_hash",
+    "declared_sites",
     "outcome_id",
     "walk",
     "workflow_ir",
@@ -106,6 +112,30 @@ def walk(ir: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping
         yield path, node
         if node["subgraph"] is not None:
             yield from walk(node["subgraph"], path + SEPARATOR)
+
+
+def declared_sites(compiled_graph: Any) -> dict[str, CallDeclaration]:
+    """Return what `llm_call` declares, by call site, sub-graphs included."""
+    return dict(_declared_sites(compiled_graph, prefix="", above=()))
+
+
+def _declared_sites(
+    graph: Any, *, prefix: str, above: tuple[Any, ...]
+) -> Iterator[tuple[str, CallDeclaration]]:
+    inner = dict(graph.get_subgraphs())
+    for node, spec in graph.builder.nodes.items():
+        calls = _calls_of(spec.runnable)
+        for position, declaration in enumerate(calls):
+            yield f"{prefix}{node}#{position}", declaration
+        child: Any = spec.runnable if isinstance(spec.runnable, Pregel) else inner.get(node)
+        if not calls and _has_graph(child) and child.builder not in above:
+            yield from _declared_sites(
+                child, prefix=f"{prefix}{node}{SEPARATOR}", above=(*above, graph.builder)
+            )
+
+
+def _calls_of(runnable: Any) -> tuple[CallDeclaration, ...]:
+    return next(filter(None, map(declared_calls, functions_of(runnable))), ())
 
 
 _NOT_STRUCTURE = {"name", "probability", "count", "expected_output_tokens", "expected_delay_s"}
@@ -307,7 +337,7 @@ def _node(
 ) -> Ir:
     inner = runnable if isinstance(runnable, Pregel) else inner
     functions = list(functions_of(runnable))
-    calls = next(filter(None, map(declared_calls, functions)), ())
+    calls = _calls_of(runnable)
     tool = next(filter(None, map(declared_tool, functions)), None)
     subgraph = None
     delay_s = None if tool is None else tool.expected_latency_s

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["run", "settings_of"]
+from runtime.langgraph.declare import positive_s
 
+__all__ = ["RUN_ID_KEY", "keys_of", "run", "settings_of"]
+
+RUN_ID_KEY = "almanac_run_id"
+"""Of the run's id in configs and checkpoints."""
 _PREFIX = "almanac_"
 _NAMES = ("run_id", "session_id", "deadline_s", "priority")
 
@@ -28,7 +31,8 @@ def run(
     deadline_s
         Hard limit, seconds after the start of the run, > 0.
     priority
-        Priority class, for example ``"interactive"``.
+        A class that the gateway knows, for example ``"interactive"``, or a number; a higher number
+        is more urgent.
     run_id
         Unique id of the run; made up if None.
 
@@ -37,17 +41,19 @@ def run(
     ValueError
         If ``deadline_s`` is not a positive number.
     """
-    if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s > 0):
-        raise ValueError(f"deadline_s={deadline_s!r}: use seconds > 0")
-    given = {
-        "run_id": run_id,
-        "session_id": session_id,
-        "deadline_s": deadline_s,
-        "priority": priority,
-    }
-    return {"configurable": {_PREFIX + k: v for k, v in given.items() if v is not None}}
+    positive_s(deadline_s, "deadline_s")
+    given = keys_of(run_id=run_id, session_id=session_id, deadline_s=deadline_s, priority=priority)
+    return {"configurable": given}
 
 
-def settings_of(configurable: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `run` put into a config's ``configurable``; None for what is absent."""
-    return {name: configurable.get(_PREFIX + name) for name in _NAMES}
+def keys_of(**settings: Any) -> dict[str, Any]:
+    """Return settings under their keys in configs and checkpoints, without those that are None."""
+    return {_PREFIX + name: value for name, value in settings.items() if value is not None}
+
+
+def settings_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `run` put into a config's ``configurable``; None for what is absent.
+
+    LangGraph copies it to the metadata of the run's checkpoints, where it is found too.
+    """
+    return {name: saved.get(_PREFIX + name) for name in _NAMES}

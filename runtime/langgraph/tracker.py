@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
@@ -21,6 +22,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.errors import GraphInterrupt, ParentCommand
 from langgraph.types import Command, Send
 
+from runtime.langgraph.declare import CallDeclaration
 from runtime.langgraph.ir import SEPARATOR, outcome_id, walk
 
 __all__ = ["RunTracker", "Shape", "node_path", "tracker_of"]
@@ -37,11 +39,18 @@ class Shape:
     ----------
     ir
         The workflow graph, or None if it could not be read: all lookups are then empty.
+    declared
+        What is declared about call sites, by id.
     """
 
-    __slots__ = ("kinds", "labels", "routers", "sites")
+    __slots__ = ("declared", "kinds", "labels", "routers", "sites")
 
-    def __init__(self, ir: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        ir: Mapping[str, Any] | None,
+        declared: Mapping[str, CallDeclaration] | None = None,
+    ) -> None:
+        self.declared = declared or {}
         self.kinds: dict[str, str] = {}
         self.sites: dict[str, tuple[str, ...]] = {}
         self.routers: dict[str, tuple[str, ...]] = {}
@@ -128,6 +137,8 @@ class RunTracker(BaseCallbackHandler):
         given.
     root
         Checkpoint namespace of the task the run was started in; empty at top level.
+    visits
+        Of a run that goes on: node to the number of times it was entered before.
     emit
         Takes a lifecycle event; must neither block nor raise. None drops events.
     """
@@ -152,6 +163,7 @@ class RunTracker(BaseCallbackHandler):
         deadline_s: float | None = None,
         priority: str | int | None = None,
         root: str = "",
+        visits: Mapping[str, int] | None = None,
         emit: Callable[[Event], None] | None = None,
     ) -> None:
         self.run_id, self.session_id = run_id, session_id
@@ -161,10 +173,15 @@ class RunTracker(BaseCallbackHandler):
         self._shape = shape or Shape(None)
         self._root, self._emit = root, emit
         self._lock = threading.Lock()
-        self._entered: dict[str, int] = {}  # path -> visits so far
+        self._start_s = time.monotonic()
+        self._entered = dict(visits or {})  # path -> visits so far
         self._visits: dict[str, int] = {}  # namespace of a task -> its visit
         self._calls: dict[tuple[str, int], int] = {}  # (namespace, attempt) -> calls so far
-        self._choices: dict[str, int] = {}  # branch -> choices so far
+        self._choices = {  # branch -> choices so far
+            branch: count
+            for path, count in self._entered.items()
+            for branch in self._shape.routers.get(path, ())
+        }
         self._nodes: dict[UUID, tuple[str, int]] = {}  # open node runs: path, visit
         self._routers: dict[UUID, str] = {}  # open router runs: branch
 
@@ -197,6 +214,21 @@ class RunTracker(BaseCallbackHandler):
             position = max(done - 1, 0) if repeated else done
             self._calls[namespace, attempt] = position + 1
         return sites[min(position, len(sites) - 1)]
+
+    def priority_of(self, site: str) -> str | int | None:
+        """Return the declared priority of a call site, or else of the run."""
+        declared = self._shape.declared.get(site)
+        if declared is None or declared.priority is None:
+            return self.priority
+        return declared.priority
+
+    def deadline_of(self, site: str) -> float | None:
+        """Return the limit of a call made now, seconds after the start of the run, or None."""
+        declared = self._shape.declared.get(site)
+        if declared is None or declared.deadline_s is None:
+            return self.deadline_s
+        own_s = round(time.monotonic() - self._start_s + declared.deadline_s, 3)
+        return own_s if self.deadline_s is None else min(own_s, self.deadline_s)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Hand one lifecycle event on, with the run's identity."""

@@ -17,7 +17,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_config
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
-from langgraph.types import Command, RetryPolicy, Send, interrupt
+from langgraph.types import Command, RetryPolicy, Send
 
 from runtime.langgraph.declare import llm_call
 from runtime.langgraph.identity import (
@@ -376,26 +376,32 @@ def test_settings_of_a_run(recorder: Recorder) -> None:
         run(deadline_s=0)
 
 
-def test_resume_is_a_new_run_of_the_same_session(recorder: Recorder) -> None:
-    """After an interrupt the run goes on under a new id, in another process as well."""
+def test_declared_urgency_of_a_call(recorder: Recorder) -> None:
+    """A call site's priority wins over the run's; of two deadlines the earlier one counts."""
 
-    def ask(state: State) -> dict[str, Any]:
-        recorder.call()
-        return {"log": [interrupt("?")]}
+    @llm_call(priority=7, deadline_s=5)
+    @llm_call(deadline_s=500)
+    @llm_call()
+    def node(state: State) -> dict[str, Any]:
+        for _ in range(3):
+            recorder.call()
+        return {}
 
-    def build(saver: InMemorySaver) -> Any:
-        graph = StateGraph(State)
-        graph.add_node("ask", ask)
-        graph.add_edge(START, "ask")
-        return instrument(graph.compile(checkpointer=saver))
-
-    saver = InMemorySaver()
-    config = {"configurable": {"thread_id": "t"}}
-    build(saver).invoke({"x": 1}, config)
-    assert build(saver).invoke(Command(resume="yes"), config)["log"] == ["yes"]
-    rows = recorder.seen("run-id", "x-session-id", "node")
-    assert len({row[0] for row in rows}) == 2
-    assert {row[1:] for row in rows} == {("t", "ask")}
+    inner = StateGraph(State)
+    inner.add_node("deep", node)
+    inner.add_edge(START, "deep")
+    graph = StateGraph(State)
+    graph.add_node("mid", inner.compile())
+    graph.add_edge(START, "mid")
+    app = instrument(graph.compile())
+    app.invoke({"x": 1}, run(deadline_s=60, priority="batch"))
+    first, second, third = recorder.requests
+    assert [r.headers["x-almanac-priority"] for r in recorder.requests] == ["7", "batch", "batch"]
+    # Five seconds after the call is a little more than five seconds after the run's start.
+    assert 5 <= float(first.headers["x-almanac-deadline-s"]) < 60
+    assert second.headers["x-almanac-deadline-s"] == third.headers["x-almanac-deadline-s"] == "60"
+    with pytest.raises(ValueError, match="deadline_s=-1"):
+        llm_call(deadline_s=-1)
 
 
 async def test_parallel_calls_of_one_node_match_the_graph(recorder: Recorder) -> None:
