@@ -313,6 +313,8 @@ class Control:
             return False
         if kind == "run_end":
             return self.end_run(run_id, _status(event))
+        if kind == "run_start" and event.get("resumed") is True:
+            self.runs.reopen(run_id)
         run = self.run_of(
             Identity(
                 run_id=run_id,
@@ -521,6 +523,8 @@ def _text(event: dict[str, Any], name: str) -> str:
 
 def _status(event: dict[str, Any]) -> str:
     value = event.get("status", "ok")
+    if value == "interrupted":  # it waits for a human and may go on under the same id
+        return "cancelled"
     return value if value in _STATUSES else "failed"
 
 

@@ -66,6 +66,10 @@ class RunBook:
         """Stop remembering ended runs, so that their ids may be used again."""
         self._ended.clear()
 
+    def reopen(self, run_id: str) -> None:
+        """Let a run that ended start again: it was resumed from a checkpoint."""
+        self._ended.pop(run_id, None)
+
     def add(self, run: Run) -> None:
         """Note the start of a run."""
         self._runs[run.run_id] = run

@@ -54,3 +54,16 @@ def test_run_forecasts_follow_the_runs_that_end(fleet_of, online):
     assert (kept[WORKFLOW.content_hash]["seen"] == 100) if online else not kept
     control.set_policy("power_of_two")
     assert start("fresh").predicted_s == first.forecast_s
+
+
+def test_a_resumed_run_starts_again_under_its_id(fleet_of):
+    """An interrupt ends a run, which is no failure; resumed, it is a run in progress again."""
+    control = Control(fleet_of(1), policy="round_robin", clock=Clock(wall=lambda: 0.0))
+    event = {"run_id": "r", "workflow": "w", "session_id": "s"}
+    ends = {**event, "type": "run_end", "status": "interrupted"}
+    assert control.take_events([{**event, "type": "run_start"}, ends]) == 2
+    assert len(control.runs) == 0
+    assert control.take_events([{**event, "type": "run_start"}]) == 1
+    assert len(control.runs) == 0  # a late event of a run that has ended
+    assert control.take_events([{**event, "type": "run_start", "resumed": True}]) == 1
+    assert len(control.runs) == 1
