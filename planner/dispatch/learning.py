@@ -18,7 +18,7 @@ they are, so that a few such clients change little.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from planner.dispatch.events import Call, CallFinished
@@ -193,6 +193,19 @@ class FleetLearner:
         self.rows = tuple(OnlineLatency(state.latency) for state in states)
         self._meters = tuple(_Meter() for _ in states)
         self._under: dict[str, _Under] = {}
+
+    def refit(self, states: Sequence[EndpointState], anew: Container[int]) -> None:
+        """Take up changed states: those at the places ``anew`` are learned from the start."""
+        old = dict(enumerate(zip(self.rows, self._meters, strict=True)))
+        both = [
+            old[place]
+            if place in old and place not in anew
+            else (OnlineLatency(state.latency), old[place][1] if place in old else _Meter())
+            for place, state in enumerate(states)
+        ]
+        self._states = tuple(states)
+        self.rows = tuple(row for row, _ in both)
+        self._meters = tuple(meter for _, meter in both)
 
     def sent(
         self,

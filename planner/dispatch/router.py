@@ -130,6 +130,26 @@ class Router:
         self._held: dict[str, CallArrived] = {}
         self._runs: dict[str, int] = {}
 
+    def refit(self, fleet: Fleet) -> None:
+        """Take up a changed fleet: endpoints keep their index, new ones come at the end.
+
+        Calls in flight, caches and what was learned stay; a changed latency row is taken anew.
+        """
+        states = list(self.view.states)
+        pairs = zip(states, fleet.endpoints, strict=False)
+        anew = {state.index for state, endpoint in pairs if state.refit(endpoint)}
+        learned = self.forecaster.estimates.endpoints
+        states.extend(
+            EndpointState(index, endpoint, learned.get(endpoint.id, endpoint.latency))
+            for index, endpoint in enumerate(fleet.endpoints)
+            if index >= len(states)
+        )
+        self.view.states = tuple(states)
+        if self.learner is not None:
+            self.learner.refit(self.view.states, anew)
+        self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
+        self.fleet = fleet
+
     def handle(self, event: Event) -> list[Command]:
         """Apply one event and return the commands it causes, in order.
 

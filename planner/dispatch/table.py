@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,27 @@ class DispatchTable:
             return None
         bucket = bisect.bisect_left(self.bounds, occupancy)
         return rows[bucket] if bucket < len(rows) else None
+
+    def spread(self, endpoints: Sequence[str]) -> DispatchTable:
+        """Return the same table for a router whose endpoints are these, in this order.
+
+        It may have more than the table: those cost nothing beyond their own, and nothing is
+        planned for them.
+        """
+        place = {endpoint: index for index, endpoint in enumerate(self.endpoints)}
+
+        def moved(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(values[place[one]] if one in place else 0.0 for one in endpoints)
+
+        table = replace(self)
+        index = {
+            key: tuple(
+                replace(one, price=moved(one.price), pull_s=moved(one.pull_s)) for one in rows
+            )
+            for key, rows in self._index.items()
+        }
+        object.__setattr__(table, "_index", index)
+        return table
 
     @property
     def version(self) -> str:

@@ -135,6 +135,16 @@ class EndpointState:
         self.context_tokens = 0.0
         self.criticality = 0.0
 
+    def refit(self, endpoint: Endpoint) -> bool:
+        """Take up changed facts; calls in flight and cache stay. Return whether the row changed."""
+        changed = endpoint.latency != self.endpoint.latency
+        if changed:
+            self.latency = endpoint.latency
+        self.endpoint = endpoint
+        self.most_tokens = min(endpoint.max_model_len, endpoint.kv_tokens - endpoint.block_tokens)
+        self.prefix.capacity_tokens = endpoint.kv_tokens
+        return changed
+
     def add(self, resident: Resident) -> None:
         """Count a call just sent."""
         self.residents[resident.call_id] = resident

@@ -17,7 +17,11 @@ def hints(headers=None, payload=None, sources=HINT_SOURCES):
     [
         ({}, {}, NO_HINTS),
         (
-            {"X-Almanac-Priority": "2", "x-almanac-deadline-s": "1.5", "x-almanac-output-tokens": "9"},
+            {
+                "X-Almanac-Priority": "2",
+                "x-almanac-deadline-s": "1.5",
+                "x-almanac-output-tokens": "9",
+            },
             {},
             Hints(priority=2, deadline_s=1.5, output_tokens=9),
         ),

@@ -8,6 +8,7 @@ from multidict import CIMultiDict
 from runtime.fingerprint import read_prompt
 from runtime.identity import SESSION_HEADERS, identify
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PROMPT = read_prompt({"messages": [{"role": "user", "content": "hello"}]})
 
 
@@ -102,9 +103,9 @@ def test_long_names_are_cut():
 @pytest.mark.parametrize(
     ("value", "run"),
     [
-        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "4bf92f3577b34da6a3ce929d0e0e4736"),
+        (f"00-{TRACE}-00f067aa0ba902b7-01", TRACE),
         ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", None),
-        ("4bf92f3577b34da6a3ce929d0e0e4736", None),
+        (TRACE, None),
     ],
 )  # fmt: skip
 def test_a_trace_is_a_run(value, run):
@@ -127,7 +128,7 @@ def test_sub_agents_are_runs_below_their_parents():
 
 
 def test_the_agentic_context_gives_node_step_and_parent():
-    """vLLM's context names program, parent, task and step; odd values are nothing."""
+    """The context of vLLM names program, parent, task and step; odd values are nothing."""
     context = {"program_id": "p", "parent_program_id": "q", "task_id": "plan", "step_id": 3}
     identity = who(payload={"vllm_xargs": {"agentic_context": context}})
     assert (identity.run_id, identity.parent_id) == ("p", "q")
