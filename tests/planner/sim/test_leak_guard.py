@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from planner.cli.tables import plan_table
+from planner.study.tables import plan_table
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import POLICIES, Choice, Planned, Policy, make_policy
 from planner.dispatch.policies.base import Ready

@@ -1,4 +1,4 @@
-"""Plans at several loads made into one dispatch table; used by `plan`, `simulate` and `run`."""
+"""Plans at several loads made into one dispatch table; used by commands and studies."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Studies: what is compared, on what fleets, work and loads, and what came of it."""
