@@ -157,7 +157,7 @@ def _compile(
     seed: int,
 ) -> DispatchTable:
     """Return the dispatch table for loads around the planned rate."""
-    from planner.cli.tables import plan_table
+    from planner.study.tables import plan_table
 
     return plan_table(
         workflow,

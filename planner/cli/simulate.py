@@ -344,7 +344,7 @@ def _recorded(args: argparse.Namespace, fleet: Fleet) -> _Work:
     """Learn from the first families of the recorded sessions, keep the others to simulate."""
     from models.importers import AgentCall, AgentSession, agent_sessions
     from models.mining import mine_workflow, site_node, static_tokens
-    from planner.cli.tables import plan_table
+    from planner.study.tables import plan_table
 
     sessions: list[AgentSession] = []
     for name in filter(None, (part.strip() for part in args.agents.split(","))):
