@@ -1,17 +1,19 @@
 """Never worse: a new dispatch table is replayed against the one in use before it takes over.
 
 Both tables serve the same recent runs in the simulator, with the same seeds; the candidate is
-activated only if its mean run latency is not above the incumbent's. Verdict and differences are
-one record, to be kept whatever the verdict is.
+activated only if neither mean nor P95 of the run latency is above the incumbent's by more than a
+tolerance. Where no table is in use yet, the live marginal cost is what it has to match. Verdict
+and differences are one record, to be kept whatever the verdict is.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable, Row
@@ -19,11 +21,26 @@ from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
-from planner.sim.experiment import Cell, PolicySetup, World, mean_latency_s, run_cell
+from planner.metrics import summarise
+from planner.sim.disturbance import Disturbance
+from planner.sim.experiment import Cell, PolicySetup, World, run_cell
 
-__all__ = ["ACTIVATION_SCHEMA", "Activation", "RowChange", "save_activation", "weigh_tables"]
+__all__ = [
+    "ACTIVATION_SCHEMA",
+    "NO_TABLE",
+    "TOLERANCE",
+    "Activation",
+    "RowChange",
+    "save_activation",
+    "weigh_tables",
+]
 
 ACTIVATION_SCHEMA = "almanac.activation/1"
+NO_TABLE = "marginal_cost"
+"""What a first table is weighed against."""
+TOLERANCE = 0.01
+"""Relative excess of mean or P95 that still counts as not worse: below it two tables cannot be
+told apart by a few dozen runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,92 +72,164 @@ class Activation:
     Parameters
     ----------
     candidate, incumbent
-        Versions of the tables.
+        Versions of the tables; the incumbent is `NO_TABLE` where there is none.
     candidate_s, incumbent_s
-        Mean run latency of each replication, seconds, in the order of the seeds.
+        Mean run latency of each replication, seconds, in the order of the seeds; infinite where
+        no run finished.
+    candidate_p95_s, incumbent_p95_s
+        95th percentile of the same.
     seeds
         Seeds of the replications.
+    runs
+        Runs of a replication, on average.
+    tolerance
+        Relative excess that was let pass.
     activate
         Whether the candidate may go live.
     tuning_changed
         Whether the weights of the live score differ.
     changes
         Rows that differ.
+    seconds
+        What the comparison took on the caller's timer; 0 without one.
     """
 
     candidate: str
     incumbent: str
     candidate_s: tuple[float, ...]
     incumbent_s: tuple[float, ...]
+    candidate_p95_s: tuple[float, ...]
+    incumbent_p95_s: tuple[float, ...]
     seeds: tuple[int, ...]
+    runs: float
+    tolerance: float
     activate: bool
     tuning_changed: bool
     changes: tuple[RowChange, ...]
+    seconds: float = 0.0
+
+    def to_json(self, **facts: Any) -> dict[str, Any]:
+        """Return the JSON form, schema included; ``facts`` are added to it."""
+        # JSON has no infinity: a replication in which no run finished is null.
+        body: dict[str, Any] = asdict(self)
+        for name in ("candidate_s", "incumbent_s", "candidate_p95_s", "incumbent_p95_s"):
+            body[name] = [value if math.isfinite(value) else None for value in body[name]]
+        return {"schema": ACTIVATION_SCHEMA, **facts, **body}
 
 
 def weigh_tables(
     candidate: DispatchTable,
-    incumbent: DispatchTable,
+    incumbent: DispatchTable | None,
     recent: Mapping[int, Sequence[RunSpec]],
     fleet: Fleet,
     forecaster: Forecaster,
     *,
+    engines: Fleet | None = None,
+    down: Sequence[str] = (),
+    noise_cv: float = 0.0,
     tolerance: float = 0.0,
+    timer: Callable[[], float] | None = None,
 ) -> Activation:
     """Replay both tables and say whether the candidate may take over.
 
     Parameters
     ----------
+    incumbent
+        The table in use; None weighs against marginal cost.
     recent
         Recent runs by the seed of their replication; at least one run.
+    fleet
+        What the tables were made for.
+    engines
+        The same endpoints with their latency as it is now; the fleet's own unless given.
+    down
+        Ids of endpoints that are down, in the replay too.
+    noise_cv
+        Coefficient of variation of the engines' steps, >= 0; what tells replications apart that
+        share their runs.
     tolerance
-        Relative excess of the mean latency that still counts as not worse, >= 0.
+        Relative excess of mean and P95 that still counts as not worse, >= 0.
+    timer
+        A clock in seconds to measure the comparison with.
 
     Raises
     ------
     InvalidInput
         If there are no runs, or a table is for another fleet.
+    NoEndpointAvailable
+        If a call fits no endpoint that is up.
     """
     if not recent or not all(recent.values()):
         raise InvalidInput("no recent runs", where="recent", remedy="give at least one run a seed")
+    started_s = timer() if timer else 0.0
     for table in (candidate, incumbent):
-        table.check_fleet(fleet)
-    world = World(fleet=fleet, forecaster=forecaster)
-    means = {}
-    for name, table in (("candidate", candidate), ("incumbent", incumbent)):
-        setup = PolicySetup(policy="almanac", table=table)
-        means[name] = tuple(
-            mean_latency_s(run_cell(Cell(setup=setup, seed=seed, runs=runs, world=world)))
-            for seed, runs in sorted(recent.items())
-        )
-    new, old = sum(means["candidate"]), sum(means["incumbent"])
+        if table is not None:
+            table.check_fleet(fleet)
+    world = World(
+        fleet=engines or fleet,
+        forecaster=forecaster,
+        noise_cv=noise_cv,
+        disturbances=tuple(Disturbance(endpoint=one, kind="crash") for one in down),
+    )
+    new, old = (
+        [_latencies(_setup(table), seed, runs, world) for seed, runs in sorted(recent.items())]
+        for table in (candidate, incumbent)
+    )
     return Activation(
         candidate=candidate.version,
-        incumbent=incumbent.version,
-        candidate_s=means["candidate"],
-        incumbent_s=means["incumbent"],
+        incumbent=NO_TABLE if incumbent is None else incumbent.version,
+        candidate_s=tuple(mean for mean, _ in new),
+        incumbent_s=tuple(mean for mean, _ in old),
+        candidate_p95_s=tuple(p95 for _, p95 in new),
+        incumbent_p95_s=tuple(p95 for _, p95 in old),
         seeds=tuple(sorted(recent)),
-        # A candidate under which nothing finishes never goes live.
-        activate=math.isfinite(new) and new <= old * (1 + tolerance),
-        tuning_changed=candidate.tuning != incumbent.tuning,
+        runs=sum(map(len, recent.values())) / len(recent),
+        tolerance=tolerance,
+        activate=all(_not_worse(new, old, which, tolerance) for which in (0, 1)),
+        tuning_changed=incumbent is None or candidate.tuning != incumbent.tuning,
         changes=_changes(candidate, incumbent),
+        seconds=timer() - started_s if timer else 0.0,
     )
 
 
 def save_activation(activation: Activation, path: Path) -> None:
     """Write the record as JSON, atomically."""
-    # JSON has no infinity: a replication in which no run finished is null.
-    body = asdict(activation)
-    for name in ("candidate_s", "incumbent_s"):
-        body[name] = [value if math.isfinite(value) else None for value in body[name]]
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps({"schema": ACTIVATION_SCHEMA, **body}, indent=1) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(activation.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
-def _changes(candidate: DispatchTable, incumbent: DispatchTable) -> tuple[RowChange, ...]:
-    new, old = _by_key(candidate), _by_key(incumbent)
+def _setup(table: DispatchTable | None) -> PolicySetup:
+    if table is None:
+        return PolicySetup(policy=NO_TABLE)
+    return PolicySetup(policy="almanac", table=table)
+
+
+def _latencies(
+    setup: PolicySetup, seed: int, runs: Sequence[RunSpec], world: World
+) -> tuple[float, float]:
+    """Return mean and P95 of the run latency in seconds, infinite if no run finished."""
+    metrics = summarise(run_cell(Cell(setup=setup, seed=seed, runs=runs, world=world)))
+    if metrics.mean_s is None or metrics.p95_s is None:
+        return math.inf, math.inf
+    return metrics.mean_s, metrics.p95_s
+
+
+def _not_worse(
+    new: Sequence[tuple[float, float]],
+    old: Sequence[tuple[float, float]],
+    which: int,
+    tolerance: float,
+) -> bool:
+    candidate = sum(pair[which] for pair in new)
+    # A candidate under which nothing finishes never goes live.
+    return math.isfinite(candidate) and candidate <= sum(pair[which] for pair in old) * (
+        1 + tolerance
+    )
+
+
+def _changes(candidate: DispatchTable, incumbent: DispatchTable | None) -> tuple[RowChange, ...]:
+    new = _by_key(candidate)
+    old = {} if incumbent is None else _by_key(incumbent)
     found = []
     for key in sorted(new.keys() | old.keys()):
         after, before = new.get(key), old.get(key)

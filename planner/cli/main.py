@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "measure the predictors on held-out rows, bar by bar",
     "models": "show saved predictors",
     "plan": "place calls on a fleet and write the dispatch table",
+    "plan-worker": "plan for a gateway, snapshot by snapshot",
     "simulate": "compare policies on a simulated fleet",
     "serve": "run the gateway in front of a fleet",
     "mock-fleet": "run mock vLLM endpoints on this machine",
