@@ -119,6 +119,86 @@ class GatewayConfig:
         above=True,
         flags=("--probe-interval-s", "--health-check-interval-secs"),
     )
+    health_interval_s: float = setting(
+        10.0, "faults", "how often the health of endpoints that are up is looked at; 0 for never"
+    )
+    timeout_multiple: float = setting(
+        3.0,
+        "faults",
+        "multiple of the forecast quantile after which a first byte, or the next one, is late",
+        least=1.0,
+        live=False,
+    )
+    first_byte_floor_s: float = setting(
+        2.0, "faults", "least limit on a first byte", above=True, live=False
+    )
+    stall_floor_s: float = setting(
+        10.0,
+        "faults",
+        "least limit on the silence of an endpoint in the middle of an answer",
+        above=True,
+        live=False,
+    )
+    trial_share: float = setting(
+        0.01,
+        "faults",
+        "largest share of calls sent to an endpoint on trial",
+        above=True,
+        most=1.0,
+        live=False,
+    )
+    slow_ratio: float = setting(
+        5.0,
+        "faults",
+        "times slower than its own usual, against its peers, from which an endpoint is left out",
+        least=1.0,
+        above=True,
+        live=False,
+    )
+    max_ejected: float = setting(
+        0.5,
+        "faults",
+        "largest share of a model's endpoints left out because the others do better",
+        most=1.0,
+        live=False,
+    )
+    hedge_share: float = setting(
+        0.0,
+        "faults",
+        "share of calls that may be sent a second time because they are late; 0 for none",
+        most=1.0,
+        live=False,
+    )
+    hedge_level: float = setting(
+        0.95,
+        "faults",
+        "quantile of the forecast first byte after which a call is late",
+        least=0.5,
+        above=True,
+        most=0.999,
+        live=False,
+    )
+    max_in_flight: int | None = setting(
+        None,
+        "limits",
+        "calls under way at a time",
+        least=1,
+        flags=("--max-in-flight", "--max-concurrent-requests"),
+        live=False,
+    )
+    queue_limit: int = setting(
+        1000, "limits", "calls that may wait for their turn where there are limits", live=False
+    )
+    queue_timeout_s: float = setting(
+        30.0, "limits", "how long a call may wait for its turn", above=True, live=False
+    )
+    ageing_s: float = setting(
+        10.0,
+        "limits",
+        "wait after which a call goes before all later ones, whatever its class",
+        above=True,
+        live=False,
+    )
     hold_limit: int = setting(
         1000,
         "limits",

@@ -50,6 +50,8 @@ class ApiError(Exception):
         The request field at fault, or None.
     retry_after_s
         Seconds for a ``Retry-After`` header, or None.
+    reason
+        Why a call was refused, in a word, for metrics and a header; or None.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ApiError(Exception):
         kind: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -67,6 +70,7 @@ class ApiError(Exception):
         self.kind = kind or _ERROR_TYPES.get(status, "Error")
         self.param = param
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
     @property
     def body(self) -> bytes:

@@ -1,0 +1,184 @@
+"""How long to wait for an endpoint: a multiple of what its answer was forecast to take.
+
+A limit is ``multiple x q(forecast)``, where q is the forecast as corrected online to a high
+quantile, kept between a floor and a cap. So limits are tight on an idle fleet, grow with the queue
+in front of a call, and follow a fleet that turns out slower than its rows say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from planner.dispatch.events import Call, Send
+from planner.dispatch.view import EndpointState
+from planner.domain.calibration import QuantileTracker
+
+__all__ = ["LearnedLimit", "TimeoutRules", "Watch", "first_byte_s", "step_s", "whole_s"]
+
+_LOOK_S = 1.0
+"""Longest time between two looks at a limit that may move."""
+_UNKNOWN_LENGTH = 20.0
+"""Times its forecast length that a whole answer may have before anything was learned of errors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeoutRules:
+    """Bounds on the limits, wall seconds.
+
+    Parameters
+    ----------
+    multiple
+        Of the forecast quantile, >= 1.
+    level
+        Of the quantile, in (0.5, 1).
+    connect_floor_s, connect_cap_s
+        For a connect; the cap holds until connects have been seen.
+    first_byte_floor_s, stall_floor_s
+        For the first byte, and for the silence between two.
+    cap_s
+        For both.
+    """
+
+    multiple: float = 3.0
+    level: float = 0.99
+    connect_floor_s: float = 0.25
+    connect_cap_s: float = 5.0
+    first_byte_floor_s: float = 2.0
+    stall_floor_s: float = 10.0
+    cap_s: float = 600.0
+
+
+class LearnedLimit:
+    """A limit on something that is forecast.
+
+    Parameters
+    ----------
+    multiple, level
+        See `TimeoutRules`.
+    floor_s, cap_s
+        Least and largest limit, same seconds as the forecasts.
+    """
+
+    __slots__ = ("_cap_s", "_floor_s", "_multiple", "_tracker")
+
+    def __init__(self, *, multiple: float, level: float, floor_s: float, cap_s: float) -> None:
+        self._multiple = multiple
+        self._floor_s = min(floor_s, cap_s)
+        self._cap_s = cap_s
+        self._tracker = QuantileTracker(level=level)
+
+    @property
+    def seen(self) -> int:
+        """Observations behind the correction."""
+        return self._tracker.seen
+
+    def of(self, forecast_s: float) -> float:
+        """Return the limit for something forecast to take ``forecast_s``."""
+        limit_s = self._multiple * self._tracker.correct(max(0.0, forecast_s))
+        return min(self._cap_s, max(self._floor_s, limit_s))
+
+    def quantile_s(self, forecast_s: float) -> float:
+        """Return the forecast as corrected to the level."""
+        return self._tracker.correct(max(0.0, forecast_s))
+
+    def learn(self, forecast_s: float, observed_s: float) -> None:
+        """Note what it took; something given up is told with the time it was given."""
+        self._tracker.update(max(0.0, forecast_s), observed_s)
+
+
+def step_s(state: EndpointState) -> float:
+    """Return the engine seconds of a decode step with the calls an endpoint has now."""
+    calls = min(max(state.in_flight, 1), state.endpoint.max_num_seqs)
+    context = state.context_tokens * calls / max(state.in_flight, 1)
+    return state.latency.decode_step_s(calls, context)
+
+
+def first_byte_s(call: Call, send: Send, state: EndpointState) -> float:
+    """Return the engine seconds from a send to its first token.
+
+    Parameters
+    ----------
+    call, send
+        Just decided.
+    state
+        Of its endpoint, this call counted.
+
+    Notes
+    -----
+    Prefill of all that waits for it, this call last; one decode step per token budget of it;
+    and where the slots are taken, one mean decode for each turn of the slots ahead.
+    """
+    endpoint, row = state.endpoint, state.latency
+    slots = endpoint.max_num_seqs
+    mean_context = state.context_tokens / max(state.in_flight, 1)
+    if mean_context * slots > endpoint.kv_tokens:
+        slots = max(1, int(endpoint.kv_tokens / mean_context))
+    decode_s = step_s(state)
+    waiting = max(state.prefill_tokens, float(call.prompt_tokens - send.cached_tokens))
+    passes = 1.5 + waiting / endpoint.max_num_batched_tokens
+    seconds = row.prefill_s(waiting, send.cached_tokens) + passes * decode_s
+    if send.in_flight >= slots:
+        outputs = sum(one.output_tokens for one in state.residents.values())
+        turns = 1.0 + (send.in_flight - slots) / slots
+        seconds += turns * outputs / max(state.in_flight, 1) * decode_s
+    return seconds
+
+
+def whole_s(call: Call, send: Send, state: EndpointState) -> float:
+    """Return the engine seconds that an answer sent as a whole may well take.
+
+    Nothing is seen of it before its end, so its length counts: what the call allows itself, else
+    many times the forecast; never more than the endpoint can hold.
+    """
+    tokens = _UNKNOWN_LENGTH * send.predicted_output_tokens
+    if call.max_tokens is not None:
+        tokens = max(send.predicted_output_tokens, float(call.max_tokens))
+    tokens = min(tokens, float(max(1, state.most_tokens - call.prompt_tokens)))
+    return first_byte_s(call, send, state) + tokens * step_s(state)
+
+
+class Watch:
+    """Gives a piece of work up when it is overdue, by a limit that may move while it runs.
+
+    An async context manager; the work inside it is cancelled and `TimeoutError` raised.
+
+    Parameters
+    ----------
+    left_s
+        Wall seconds left, asked now and then; <= 0 ends it.
+    """
+
+    __slots__ = ("_left_s", "_scope", "_timer")
+
+    def __init__(self, left_s: Callable[[], float]) -> None:
+        self._left_s = left_s
+        self._timer: asyncio.TimerHandle | None = None
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> Self:
+        await self._scope.__aenter__()
+        self._look()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._scope.__aexit__(kind, error, traceback)
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        left_s = self._left_s()
+        if left_s <= 0:
+            self._timer = None
+            self._scope.reschedule(loop.time())
+        else:
+            self._timer = loop.call_later(min(left_s, _LOOK_S), self._look)
