@@ -77,7 +77,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._exits = contextlib.AsyncExitStack()
         self._links: list[EndpointLink] = []
-        self._forwarder: Forwarder
+        self.forwarder: Forwarder
 
     @property
     def address(self) -> str:
@@ -100,29 +100,12 @@ class Gateway:
             If the port cannot be bound; nothing stays open.
         """
         try:
-            config = self.control.config
-            session = await self._exits.enter_async_context(
-                open_session(
-                    connect_timeout_s=config.connect_timeout_s,
-                    read_timeout_s=config.read_timeout_s,
-                )
-            )
-            self._exits.callback(self.control.close)
-            self._links = [
-                EndpointLink(endpoint, session) for endpoint in self.control.fleet.endpoints
-            ]
-            self._forwarder = Forwarder(self.control, self._links)
-            answers = await asyncio.gather(*(link.healthy() for link in self._links))
-            missing = []
-            for index, well in enumerate(answers):
-                if not well:
-                    self.control.endpoint_failed(index, "silent at start", unreachable=True)
-                    missing.append(str(self._links[index].endpoint.id))
+            missing = await self._reach()
             self._runner = web.AppRunner(
                 self.app(),
                 handler_cancellation=True,  # a client that leaves cancels its attempt
                 access_log=None,
-                shutdown_timeout=config.drain_s,
+                shutdown_timeout=self.control.config.drain_s,
             )
             await self._runner.setup()
             self._exits.push_async_callback(self._runner.cleanup)
@@ -134,13 +117,45 @@ class Gateway:
                     where="--port",
                     remedy="check --host, stop what uses the port or choose another",
                 ) from error
-            for job in (self._probe_loop(), self._expire_loop()):
-                task = asyncio.create_task(job)
-                self._tasks.append(task)
+            self._watch()
         except BaseException:
             await self.aclose()
             raise
         return missing
+
+    async def open(self) -> list[str]:
+        """Do all of `start` but listen: the router of a process that has no port.
+
+        Whatever happens, `aclose` gives back what was taken.
+        """
+        missing = await self._reach()
+        self._watch()
+        return missing
+
+    async def _reach(self) -> list[str]:
+        """Make the links and look at all endpoints once; return those that did not answer."""
+        config = self.control.config
+        self._exits.callback(self.control.close)
+        session = await self._exits.enter_async_context(
+            open_session(
+                connect_timeout_s=config.connect_timeout_s,
+                read_timeout_s=config.read_timeout_s,
+            )
+        )
+        self._links = [EndpointLink(endpoint, session) for endpoint in self.control.fleet.endpoints]
+        self.forwarder = Forwarder(self.control, self._links)
+        answers = await asyncio.gather(*(link.healthy() for link in self._links))
+        missing = []
+        for index, well in enumerate(answers):
+            if not well:
+                self.control.endpoint_failed(index, "silent at start", unreachable=True)
+                missing.append(str(self._links[index].endpoint.id))
+        return missing
+
+    def _watch(self) -> None:
+        for job in (self._probe_loop(), self._expire_loop()):
+            task = asyncio.create_task(job)
+            self._tasks.append(task)
 
     async def aclose(self) -> None:
         """Stop listening, let calls in flight end (``drain_s``), then close everything."""
@@ -193,7 +208,7 @@ class Gateway:
             passed_on = {n: v for n, v in passed_on.items() if n.lower() != "authorization"}
         downstream = _ClientStream(request)
         try:
-            answer = await self._forwarder.serve(request.path, body, headers, passed_on, downstream)
+            answer = await self.forwarder.serve(request.path, body, headers, passed_on, downstream)
         except ClientGone:
             return downstream.abandoned()
         if answer is None:
