@@ -60,12 +60,18 @@ class Forecaster:
         The graphs that calls may belong to; others get criticality 1.
     seed
         Of the scenarios behind the criticalities.
+
+    Attributes
+    ----------
+    workflows
+        The graphs, by content hash.
     """
 
     def __init__(
         self, estimates: EstimateTable, workflows: Iterable[Workflow] = (), *, seed: int = 0
     ) -> None:
         self.estimates = estimates
+        self.workflows: dict[str, Workflow] = {}
         self._critical: dict[tuple[str, str], float] = {}
         self._cache: dict[tuple[str, str], Forecast] = {}
         for workflow in workflows:
@@ -74,6 +80,7 @@ class Forecaster:
     def add_workflow(self, workflow: Workflow, *, seed: int = 0) -> None:
         """Learn a graph's criticalities."""
         key = workflow.content_hash
+        self.workflows[key] = workflow
         estimate = self.estimates.workflows.get(key, WorkflowEstimate())
         runs = scenarios(workflow, estimate, _SCENARIOS, seed=seed)
         for site, value in criticality(runs, _durations).items():

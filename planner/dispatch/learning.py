@@ -102,6 +102,7 @@ class CorrectedForecaster(Forecaster):
 
     def __init__(self, base: Forecaster) -> None:
         super().__init__(base.estimates)
+        self.workflows = base.workflows
         self._base = base
         self._ratios: OrderedDict[tuple[str, str], _Ratio] = OrderedDict()
         self.kept = [Kept(QuantileTracker(level=level)) for level in (0.5, 0.9)]

@@ -17,7 +17,7 @@ House rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -59,7 +59,7 @@ from planner.domain.fleet import Fleet
 
 __all__ = ["TRANSITIONS", "CallState", "Router"]
 
-Order = Callable[[Sequence[Call], FleetView, float], Sequence[Call]]
+Order = Callable[[Sequence[Call], FleetView, float], Iterable[Call]]
 
 
 class CallState(Enum):
@@ -204,7 +204,7 @@ class Router:
             commands.append(Hold(call_id=call_id, reason=reason))
         return commands
 
-    def _offered(self, order: Order, now_s: float) -> Sequence[Call]:
+    def _offered(self, order: Order, now_s: float) -> Iterable[Call]:
         return order([arrived.call for arrived in self._held.values()], self.view, now_s)
 
     def _hold(self, event: CallArrived) -> None:
@@ -221,8 +221,11 @@ class Router:
         """Send a call, or hold it; it is not among the held ones yet, or no longer."""
         call = event.call
         serving, candidates = self._candidates(event)
+        decoders = [one for one in serving if one.endpoint.role == "decode"] if self._pooled else ()
         choice = (
-            self.policy.choose(Ready(call, candidates, self.view, self.forecaster, event.now_s))
+            self.policy.choose(
+                Ready(call, candidates, self.view, self.forecaster, event.now_s, decoders)
+            )
             if candidates
             else Wait("no_endpoint")
         )
@@ -332,7 +335,7 @@ class Router:
         calls = [arrived.call for arrived in self._held.values()]
         return sorted(calls, key=lambda call: (call.run_arrival_s, call.call_id))
 
-    def _release(self, calls: Sequence[Call], now_s: float, *, arriving: str = "") -> list[Command]:
+    def _release(self, calls: Iterable[Call], now_s: float, *, arriving: str = "") -> list[Command]:
         """Offer held calls again; return what is sent, what asks to be woken, and ``arriving``."""
         commands: list[Command] = []
         for call in calls:

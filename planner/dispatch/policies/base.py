@@ -9,7 +9,7 @@ policy sees to it that nothing waits for ever.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -91,6 +91,8 @@ class Ready:
         Forecasts by call site.
     now_s
         The caller's clock.
+    decoders
+        Decode endpoints that can take it over, in fleet order; empty without pools.
     """
 
     call: Call
@@ -98,6 +100,7 @@ class Ready:
     fleet: FleetView
     forecaster: Forecaster
     now_s: float
+    decoders: Sequence[EndpointState] = ()
 
 
 class Policy(Protocol):
@@ -127,8 +130,11 @@ class Observing(Protocol):
 class Queueing(Protocol):
     """A policy that may keep calls waiting in the router."""
 
-    def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Sequence[Call]:
-        """Return the held calls to offer now, first one first; an empty answer offers none."""
+    def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Iterable[Call]:
+        """Return the held calls to offer now, first one first; an empty answer offers none.
+
+        The answer is read as the calls are offered, so a generator may stop when room is gone.
+        """
         ...
 
 
