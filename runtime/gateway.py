@@ -43,12 +43,12 @@ from runtime.prometheus import CONTENT_TYPE
 from runtime.transport import bind_problem, open_session
 from runtime.wire import ApiError
 
-__all__ = ["Gateway"]
+__all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card"]
 
 _log = logging.getLogger(__name__)
 
-_INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-_KEPT_BACK = frozenset(
+INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+KEPT_BACK = frozenset(
     {
         "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "x-request-id",
@@ -177,7 +177,7 @@ class Gateway:
         app = web.Application(
             client_max_size=self.control.config.max_body_bytes, middlewares=[_errors]
         )
-        app.add_routes([web.post(path, self._infer) for path in _INFERENCE])
+        app.add_routes([web.post(path, self._infer) for path in INFERENCE])
         app.add_routes(
             [
                 web.get("/v1/models", self._models),
@@ -202,7 +202,7 @@ class Gateway:
         body = await request.read()
         headers = request.headers
         passed_on = {
-            name: value for name, value in headers.items() if name.lower() not in _KEPT_BACK
+            name: value for name, value in headers.items() if name.lower() not in KEPT_BACK
         }
         if self._is_admin(request):
             passed_on = {n: v for n, v in passed_on.items() if n.lower() != "authorization"}
@@ -218,14 +218,14 @@ class Gateway:
     # Facts
 
     async def _models(self, _request: web.Request) -> web.Response:
-        cards = [_card(model) for model in self.control.models]
+        cards = [model_card(model) for model in self.control.models]
         return web.json_response({"object": "list", "data": cards})
 
     async def _model(self, request: web.Request) -> web.Response:
         model = request.match_info["id"]
         if model not in self.control.models:
             raise ApiError(404, f"The model `{model[:200]}` does not exist.", param="model")
-        return web.json_response(_card(model))
+        return web.json_response(model_card(model))
 
     async def _health(self, _request: web.Request) -> web.Response:
         return web.Response()
@@ -388,5 +388,6 @@ async def _json(request: web.Request) -> dict[str, Any]:
     return document
 
 
-def _card(model: str) -> dict[str, Any]:
+def model_card(model: str) -> dict[str, Any]:
+    """Return a model as ``GET /v1/models`` lists it."""
     return {"id": model, "object": "model", "created": 0, "owned_by": "almanac"}
