@@ -19,7 +19,7 @@ Every time is in wall seconds unless it says otherwise. The file is a fleet file
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,13 +30,11 @@ from planner.domain.fleet import FLEET_SCHEMA, SECTIONS, Fleet, parse_fleet
 from runtime.hints import HINT_SOURCES
 from runtime.identity import SESSION_FIELDS, SESSION_HEADERS
 from runtime.keys import TenantKey, read_key, read_tenants
-from runtime.limits import Limits
 from runtime.settings import Setting, Source, check_values, resolve, setting, settings_of
 
 __all__ = [
     "GatewayConfig",
     "LaunchConfig",
-    "LimitConfig",
     "ServeConfig",
     "all_settings",
     "load_config",
@@ -187,10 +185,19 @@ class GatewayConfig:
         live=False,
     )
     queue_limit: int = setting(
-        1000, "limits", "calls that may wait for their turn where there are limits", live=False
+        1000,
+        "limits",
+        "calls that may wait for their turn where there are limits",
+        flags=("--queue-limit", "--queue-size"),
+        live=False,
     )
     queue_timeout_s: float = setting(
-        30.0, "limits", "how long a call may wait for its turn", above=True, live=False
+        30.0,
+        "limits",
+        "how long a call may wait for its turn",
+        above=True,
+        flags=("--queue-timeout-s", "--queue-timeout-secs"),
+        live=False,
     )
     ageing_s: float = setting(
         10.0,
@@ -350,46 +357,7 @@ class LaunchConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitConfig:
-    """Settings behind `runtime.limits.Limits`."""
-
-    max_in_flight: int | None = setting(
-        None,
-        "limits",
-        "calls under way at a time",
-        least=1,
-        flags=("--max-in-flight", "--max-concurrent-requests"),
-    )
-    queue_limit: int = setting(
-        1000,
-        "limits",
-        "calls that may wait for their turn",
-        flags=("--queue-limit", "--queue-size"),
-    )
-    queue_timeout_s: float = setting(
-        30.0,
-        "limits",
-        "how long a call may wait for its turn",
-        above=True,
-        flags=("--queue-timeout-s", "--queue-timeout-secs"),
-    )
-    ageing_s: float = setting(
-        10.0,
-        "limits",
-        "wait after which a call goes before all that came later, whatever its class",
-        above=True,
-    )
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    def limits(self) -> Limits:
-        """Return them as the admission takes them."""
-        return Limits(**asdict(self))
-
-
-_RECORDS: tuple[type, ...] = (LaunchConfig, GatewayConfig, LimitConfig)
+_RECORDS: tuple[type, ...] = (LaunchConfig, GatewayConfig)
 _Record = TypeVar("_Record")
 
 
@@ -412,7 +380,6 @@ class ServeConfig:
 
     launch: LaunchConfig
     gateway: GatewayConfig
-    limits: Limits
     tenants: tuple[TenantKey, ...]
     fleet: Fleet | None
     sources: Mapping[str, Source]
@@ -468,7 +435,6 @@ def load_config(
     return ServeConfig(
         launch=launch,
         gateway=gateway,
-        limits=_record(LimitConfig, sources, name).limits(),
         tenants=tenants,
         fleet=fleet,
         sources=sources,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,11 @@ from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.dispatcher import Dispatcher, Moved, Ticket
 from runtime.fingerprint import TokenScale
+from runtime.fleets import FleetChange, merge, present
 from runtime.health import Breaker
 from runtime.identity import Identity
 from runtime.metrics import GatewayMetrics
+from runtime.recent import RecentWork
 from runtime.runs import Run, RunBook
 from runtime.traces import TraceWriter
 
@@ -90,14 +92,9 @@ class Control:
         config: GatewayConfig | None = None,
         clock: Clock | None = None,
     ) -> None:
-        for position, endpoint in enumerate(fleet.endpoints):
-            if endpoint.url is None:
-                raise InvalidInput(
-                    f"endpoint {endpoint.id!r} has no address",
-                    where=f"workers[{position}].url",
-                    remedy="add url: http://host:port",
-                )
+        _check_addresses(fleet)
         self.fleet = fleet
+        self.absent: frozenset[int] = frozenset()
         self.config = config or GatewayConfig()
         self.clock = clock or Clock(self.config.dilation)
         self.models = tuple(dict.fromkeys(endpoint.model for endpoint in fleet.endpoints))
@@ -117,6 +114,11 @@ class Control:
             self.add_workflow(workflow)
         self._table: DispatchTable | None = None
         self._table_version = ""
+        self._table_since_s = 0.0
+        self.recent: RecentWork | None = None
+        """Told of arrivals, decisions and records, if somebody plans by them."""
+        self.replanning: Callable[[], dict[str, Any]] | None = None
+        """What became of re-planning, for the diagnostics."""
         self._trace: TraceWriter | None = None
         self._errors = _ErrorStats()
         if table is not None:
@@ -132,7 +134,25 @@ class Control:
     @property
     def ready(self) -> bool:
         """Whether at least one endpoint is up."""
-        return any(not breaker.down for breaker in self.breakers)
+        return any(
+            not breaker.down and index not in self.absent
+            for index, breaker in enumerate(self.breakers)
+        )
+
+    @property
+    def table(self) -> DispatchTable | None:
+        """The dispatch table in use."""
+        return self._table
+
+    @property
+    def estimates(self) -> EstimateTable:
+        """The forecasts, as given."""
+        return self._forecaster.estimates
+
+    @property
+    def workflows(self) -> tuple[Workflow, ...]:
+        """The graphs known so far."""
+        return tuple(self._workflows.values())
 
     # Policy, table, trace, workflows
 
@@ -163,9 +183,42 @@ class Control:
             If it was made for another fleet; the old table stays.
         """
         self._set_table(table)
-        if isinstance(self.router.policy, Planned):
-            self.router.policy.table = table
-            self._dispatcher.table_version = self._table_version
+        self._table_since_s = self.clock.now_s()
+        self._activate(self._table)
+
+    def set_fleet(self, wanted: Fleet) -> FleetChange:
+        """Serve with these endpoints from now on; calls in flight end where they are.
+
+        The table stays while no endpoint is new to it; else it is out of its range until another
+        one is loaded.
+
+        Raises
+        ------
+        InvalidInput
+            If an endpoint has no address; nothing is changed.
+        """
+        _check_addresses(wanted)
+        change = merge(self.fleet, self.absent, wanted)
+        known = len(self.fleet.endpoints)
+        self.fleet, self.absent = change.fleet, change.absent
+        here = present(change.fleet, change.absent).endpoints
+        self.models = tuple(dict.fromkeys(endpoint.model for endpoint in here))
+        self._add_places([endpoint.model for endpoint in change.fleet.endpoints[known:]])
+        self.router.refit(change.fleet)
+        for index in change.left:
+            self._dispatcher.endpoint_down(index)
+        table = self._table
+        if table is not None:
+            if {endpoint.id for endpoint in here} <= set(table.endpoints):
+                self._activate(table)
+            else:
+                self._activate(None)
+                _log.warning("table dropped: endpoints are new", extra={"table": table.version})
+        return change
+
+    def reconfigure(self, config: GatewayConfig) -> None:
+        """Go on with other settings; those read at the start only stay as they were."""
+        self.config = config
 
     def set_trace(self, path: Path | None, **header: Any) -> None:
         """Close the trace in use, if any, and open another one, if any.
@@ -230,6 +283,8 @@ class Control:
             endpoint_id = self.fleet.endpoints[send.endpoint].id
             self.metrics.decisions.inc(self.router.policy.name, send.reason)
             self.metrics.selected.inc(endpoint_id)
+            if self.recent is not None and call.workflow_hash in self._workflows:
+                self.recent.decided(covered=send.reason != "fallback")
             return ticket
 
     def others(self, model: str | None, exclude: frozenset[int]) -> bool:
@@ -270,6 +325,8 @@ class Control:
                 last_s=now_s,
             )
             self.runs.add(run)
+            if self.recent is not None:
+                self.recent.arrived(run.run_id, key, now_s)
             self._tell(RunStarted(run_id=run.run_id, workflow_hash=key, now_s=now_s))
         run.last_s = now_s
         return run
@@ -364,7 +421,7 @@ class Control:
     def endpoint_recovered(self, index: int) -> None:
         """Note a good probe of an endpoint that was down."""
         breaker = self.breakers[index]
-        if breaker.down:
+        if breaker.down and index not in self.absent:
             breaker.recovered()
             self._dispatcher.endpoint_up(index, cold=breaker.cold)
             _log.info("endpoint up", extra={"endpoint": self.fleet.endpoints[index].id})
@@ -372,7 +429,11 @@ class Control:
     def to_probe(self) -> list[int]:
         """Return the endpoints that are down and may be probed now."""
         now_s = time.monotonic()
-        return [i for i, breaker in enumerate(self.breakers) if breaker.may_probe(now_s)]
+        return [
+            i
+            for i, breaker in enumerate(self.breakers)
+            if breaker.may_probe(now_s) and i not in self.absent
+        ]
 
     def retry_after_s(self) -> float:
         """Return when a refused client may try again: the next probe of an endpoint."""
@@ -385,6 +446,8 @@ class Control:
     def metrics_text(self) -> str:
         """Return the Prometheus exposition."""
         learner = self.router.learner
+        if self._table is not None:
+            self.metrics.table_age.set(self.clock.now_s() - self._table_since_s)
         return self.metrics.render(
             self.router.view,
             held=self.router.held,
@@ -399,6 +462,10 @@ class Control:
             "online": self.config.online,
             "policy": self.policy_text,
             "table_version": self._table_version,
+            "table_age_s": None
+            if self._table is None
+            else round(self.clock.now_s() - self._table_since_s, 3),
+            "replanning": self.replanning() if self.replanning else None,
             "estimates_version": self._forecaster.estimates.version,
             "fleet": {"name": self.fleet.name, "hash": self.fleet.content_hash()},
             "clock_s": round(self.clock.now_s(), 3),
@@ -425,6 +492,7 @@ class Control:
                     "latency": self._latency(state.index),
                 }
                 for state in self.router.view.states
+                if state.index not in self.absent
             ],
         }
 
@@ -460,13 +528,31 @@ class Control:
             hold_timeout_s=self.config.hold_timeout_s,
         )
         for index, breaker in enumerate(self.breakers):
-            if breaker.down:
+            if breaker.down or index in self.absent:
                 dispatcher.endpoint_down(index)
         return dispatcher
 
     def _set_table(self, table: DispatchTable) -> None:
-        table.check_fleet(self.fleet)
-        self._table, self._table_version = table, table.version
+        table.check_fleet(present(self.fleet, self.absent))
+        self._table, self._table_version = self._spread(table), table.version
+
+    def _spread(self, table: DispatchTable) -> DispatchTable:
+        ids = tuple(str(endpoint.id) for endpoint in self.fleet.endpoints)
+        return table if ids == table.endpoints else table.spread(ids)
+
+    def _activate(self, table: DispatchTable | None) -> None:
+        """Give the router a table in use already, or none."""
+        self._table = None if table is None else self._spread(table)
+        self._table_version = "" if table is None else table.version
+        if isinstance(self.router.policy, Planned):
+            self.router.policy.table = self._table
+            self._dispatcher.table_version = self._table_version
+
+    def _add_places(self, models: Sequence[str]) -> None:
+        self.breakers.extend(
+            Breaker(failures=self.config.breaker_failures, pause_s=self.config.breaker_pause_s)
+            for _ in models
+        )
 
     def _ended(self, record: CallRecord) -> None:
         self.metrics.outcomes.inc(record.endpoint, record.status)
@@ -478,6 +564,8 @@ class Control:
         self._dispatcher.handle(event)
 
     def _write(self, record: TraceRecord) -> None:
+        if self.recent is not None:
+            self.recent.add(record)
         if self._trace is None:
             return
         try:
@@ -506,6 +594,16 @@ class Control:
         if forecast is None:
             return None
         return forecast.at(self.router.in_flight / len(self.fleet.endpoints))
+
+
+def _check_addresses(fleet: Fleet) -> None:
+    for position, endpoint in enumerate(fleet.endpoints):
+        if endpoint.url is None:
+            raise InvalidInput(
+                f"endpoint {endpoint.id!r} has no address",
+                where=f"workers[{position}].url",
+                remedy="add url: http://host:port",
+            )
 
 
 def _median() -> Kept:

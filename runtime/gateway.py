@@ -25,25 +25,28 @@ import hmac
 import json
 import logging
 import math
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from aiohttp import web
+from aiohttp import ClientSession, web
 from aiohttp.typedefs import Handler
 
 from planner import __version__
 from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
+from planner.domain.fleet import Fleet
 from planner.domain.workflow import Workflow
 from runtime.control import Control
 from runtime.endpoints import EndpointLink
+from runtime.fleets import FleetChange
 from runtime.forwarding import ClientGone, Forwarder
 from runtime.prometheus import CONTENT_TYPE
 from runtime.transport import bind_problem, open_session
 from runtime.wire import ApiError
 
-__all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card"]
+__all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card", "tls_context"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,16 +70,27 @@ class Gateway:
         Its state; closed with the gateway.
     host, port
         Where to listen; port 0 takes a free one.
+    tls
+        See `tls_context`; None serves plain HTTP.
     """
 
-    def __init__(self, control: Control, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    def __init__(
+        self,
+        control: Control,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.control = control
+        self._tls = tls
         self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._exits = contextlib.AsyncExitStack()
         self._links: list[EndpointLink] = []
+        self._session: ClientSession
         self.forwarder: Forwarder
 
     @property
@@ -84,7 +98,7 @@ class Gateway:
         """Base address, once started."""
         assert self._runner is not None  # noqa: S101 - documented
         host, port, *_ = self._runner.addresses[0]
-        return f"http://{host}:{port}"
+        return f"{'https' if self._tls else 'http'}://{host}:{port}"
 
     async def start(self) -> list[str]:
         """Look at all endpoints once, start listening, and go on looking after them.
@@ -110,7 +124,9 @@ class Gateway:
             await self._runner.setup()
             self._exits.push_async_callback(self._runner.cleanup)
             try:
-                await web.TCPSite(self._runner, self._host, self._port).start()
+                await web.TCPSite(
+                    self._runner, self._host, self._port, ssl_context=self._tls
+                ).start()
             except OSError as error:
                 raise InvalidInput(
                     f"port {self._port} on {self._host} cannot be bound ({bind_problem(error)})",
@@ -136,7 +152,7 @@ class Gateway:
         """Make the links and look at all endpoints once; return those that did not answer."""
         config = self.control.config
         self._exits.callback(self.control.close)
-        session = await self._exits.enter_async_context(
+        session = self._session = await self._exits.enter_async_context(
             open_session(
                 connect_timeout_s=config.connect_timeout_s,
                 read_timeout_s=config.read_timeout_s,
@@ -156,6 +172,24 @@ class Gateway:
         for job in (self._probe_loop(), self._expire_loop()):
             task = asyncio.create_task(job)
             self._tasks.append(task)
+
+    def set_fleet(self, wanted: Fleet) -> FleetChange:
+        """Serve with these endpoints from now on; new ones are taken up once they are well.
+
+        Raises
+        ------
+        InvalidInput
+            See `Control.set_fleet`; nothing is changed.
+        """
+        change = self.control.set_fleet(wanted)
+        for index in change.moved:
+            endpoint = change.fleet.endpoints[index]
+            if index == len(self._links):
+                self._links.append(EndpointLink(endpoint, self._session))
+            else:
+                self._links[index] = EndpointLink(endpoint, self._session)
+            self.control.endpoint_failed(index, "not asked yet", unreachable=True)
+        return change
 
     async def aclose(self) -> None:
         """Stop listening, let calls in flight end (``drain_s``), then close everything."""
@@ -369,6 +403,26 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
         _log.exception("internal error", extra={"path": request.path})
         return _error_response(ApiError(500, "Internal error of the gateway."))
+
+
+def tls_context(certificate: str, key: str) -> ssl.SSLContext:
+    """Return what serves HTTPS with a certificate chain and its key (PEM files).
+
+    Raises
+    ------
+    InvalidInput
+        If a file cannot be read or they do not belong together.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidInput(
+            f"certificate {certificate} and key {key} cannot be used ({error})",
+            where="tls",
+            remedy="give PEM files that belong together",
+        ) from error
+    return context
 
 
 def _error_response(error: ApiError) -> web.Response:

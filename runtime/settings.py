@@ -14,6 +14,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ __all__ = [
     "setting",
     "settings_of",
     "shown",
+    "unknown_variables",
 ]
 
 PREFIX = "ALMANAC_"
@@ -304,6 +306,20 @@ def resolve(
         else:
             values[one.path] = Source(one.default, "default")
     return values
+
+
+def unknown_variables(settings: Iterable[Setting], environment: Mapping[str, str]) -> list[str]:
+    """Return a line for each variable that looks like a setting and is none."""
+    listed = list(settings)
+    known = {one.variable for one in listed}
+    sections = tuple(f"{PREFIX}{section}_".upper() for section in {one.section for one in listed})
+    lines = []
+    for name in sorted(environment):
+        # Container platforms set NAME_SERVICE_* and NAME_PORT_* for services called like ours.
+        if name.startswith(sections) and name not in known and "_SERVICE_" not in name:
+            close = get_close_matches(name, known, n=1)
+            lines.append(f"{name} is no setting" + (f", {close[0]} is" if close else ""))
+    return lines
 
 
 def shown(settings: Iterable[Setting], values: Mapping[str, Source]) -> str:

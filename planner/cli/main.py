@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {
     "plan-worker": "plan for a gateway, snapshot by snapshot",
     "simulate": "compare policies on a simulated fleet",
     "serve": "run the gateway in front of a fleet",
+    "check-config": "check the gateway's configuration",
     "mock-fleet": "run mock vLLM endpoints on this machine",
     "run": "run the demo application live under several policies",
     "report": "make one HTML file of a results folder",

@@ -9,16 +9,23 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from planner.cli.checks import addresses, at_least
-from planner.dispatch.policies import POLICIES
+from planner.cli.check_config import check_files
+from planner.cli.gateway_options import add_options, config_of
 from planner.dispatch.table import load_table
-from planner.domain.errors import InvalidInput
+from planner.domain.errors import PlannerError
 from planner.domain.estimates import load_estimates
-from planner.domain.fleet import load_fleet
 from planner.domain.workflow import load_workflow
+from runtime.config import ServeConfig, all_settings
+from runtime.settings import unknown_variables
 
-__all__ = ["register", "run"]
+if TYPE_CHECKING:
+    from runtime.gateway import Gateway
+
+__all__ = ["Reload", "register", "run"]
+
+_log = logging.getLogger(__name__)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,131 +36,122 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=(
             "Serve an OpenAI-compatible gateway that sends each call to one endpoint of the fleet "
             "by a policy. When it listens, one line on stderr says so. SIGTERM or Ctrl-C lets "
-            "calls in flight end, then closes."
+            "calls in flight end, then closes. SIGHUP reads the file again; one that is wrong is "
+            "told in one line and changes nothing. Each option is also a key of the file "
+            "(section: {key: value}) and a variable ALMANAC_<SECTION>_<KEY>; the option wins over "
+            "the variable, and that over the file. `almanac check-config` checks them."
         ),
     )
-    parser.add_argument("fleet", type=Path, help="fleet file (YAML) with a url for each worker")
-    parser.add_argument(
-        "--policy",
-        default="almanac",
-        metavar="NAME[:KEY=VALUE,...]",
-        help=f"one of {', '.join(POLICIES)} (default: almanac)",
-    )
-    parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="dispatch table (JSON) made by `almanac plan`"
-    )
-    parser.add_argument(
-        "--estimates",
-        type=Path,
-        metavar="FILE",
-        help="estimate table (JSON) made by `almanac train`",
-    )
-    parser.add_argument(
-        "--workflow",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="workflow graph (JSON) known from the start; may be repeated",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="interface (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
-    parser.add_argument(
-        "--dilation",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="engine seconds per real second; that of the mock fleet (default: 1)",
-    )
-    parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="append what happens to this trace (JSON Lines)"
-    )
-    parser.add_argument(
-        "--admin-key-env",
-        metavar="NAME",
-        help="environment variable that holds the key of the admin routes (off without)",
-    )
-    parser.add_argument(
-        "--require-ready",
-        action="store_true",
-        help="exit with 1 if an endpoint does not answer at the start, instead of waiting for it",
-    )
-    parser.add_argument(
-        "--online",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="let latency, lengths and finish forecasts follow the calls that finish (default: on)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of policies that draw at random")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; return 0, or 1 if the fleet is not ready and has to be."""
     # Loads the HTTP library, which the other commands do not need.
-    from runtime.config import GatewayConfig
     from runtime.control import Control
-    from runtime.gateway import Gateway
+    from runtime.discovery import ask_fleet
+    from runtime.gateway import Gateway, tls_context
 
-    at_least(args, seed=0)
-    if not 0 <= args.port <= 65535:
-        raise InvalidInput(f"{args.port}", where="--port", remedy="use a number from 0 to 65535")
-    fleet = load_fleet(args.fleet)
-    addresses(fleet, args.fleet)
-    table = load_table(args.table) if args.table else None
-    if table is not None:
-        table.check_fleet(fleet, str(args.table))
+    config = config_of(args)
+    path = args.file or args.config
+    check_files(config, path)
+    launch = config.launch
+    tls = tls_context(launch.cert, launch.key) if launch.cert and launch.key else None
+    fleet = config.fleet or asyncio.run(ask_fleet(args.worker_urls))
     control = Control(
         fleet,
-        estimates=load_estimates(args.estimates) if args.estimates else None,
-        workflows=[load_workflow(path) for path in args.workflow],
-        policy=args.policy,
-        table=table,
-        config=GatewayConfig(
-            dilation=args.dilation,
-            seed=args.seed,
-            online=args.online,
-            admin_key=_admin_key(args.admin_key_env),
-        ),
+        estimates=load_estimates(Path(launch.estimates)) if launch.estimates else None,
+        workflows=[load_workflow(Path(name)) for name in launch.workflows],
+        policy=launch.policy,
+        table=load_table(Path(launch.table)) if launch.table else None,
+        config=config.gateway,
     )
-    if args.trace is not None:
-        control.set_trace(args.trace)
-    _log_to_stderr()
+    if launch.trace is not None:
+        control.set_trace(Path(launch.trace))
+    _log_to_stderr(launch.log_level)
+    for line in unknown_variables(all_settings(), os.environ):
+        _log.warning(line)
 
     async def serve() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        gateway = Gateway(control, host=args.host, port=args.port)
+        gateway = Gateway(control, host=launch.host, port=launch.port, tls=tls)
         missing = await gateway.start()
+        loop.add_signal_handler(signal.SIGHUP, Reload(args, gateway, config))
         try:
             if missing:
                 silent = ", ".join(missing)
-                if args.require_ready:
+                if launch.require_ready:
                     _say(f"not ready: no answer from {silent}; start them or check their urls")
                     return 1
                 _say(f"warning: no answer from {silent}; looking again until they come up")
-            _say(f"ready: {gateway.address}, policy {args.policy}")
+            _say(f"ready: {gateway.address}, policy {launch.policy}")
             await stop.wait()
         finally:
+            loop.remove_signal_handler(signal.SIGHUP)
             await gateway.aclose()
         return 0
 
     return asyncio.run(serve())
 
 
-def _admin_key(name: str | None) -> str | None:
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise InvalidInput(
-            f"the environment variable {name!r} is not set or empty",
-            where="--admin-key-env",
-            remedy=f"export {name}=<secret>",
-        )
-    return key
+class Reload:
+    """Reads the configuration again and applies what may change while serving.
+
+    Parameters
+    ----------
+    args
+        The command line, whose options go on winning over the file.
+    gateway
+        Running.
+    config
+        What it was started with.
+    """
+
+    def __init__(self, args: argparse.Namespace, gateway: Gateway, config: ServeConfig) -> None:
+        self._args = args
+        self._gateway = gateway
+        self._config = config
+
+    def __call__(self) -> bool:
+        """Return whether the new configuration is in use; if not, one log line says why."""
+        try:
+            fresh = config_of(self._args)
+            check_files(fresh, self._args.file or self._args.config)
+            self._apply(fresh)
+        except PlannerError as error:
+            _log.error("reload refused, the running configuration stays: %s", error)
+            return False
+        old, self._config = self._config, fresh
+        waiting = [
+            one.path
+            for one in all_settings()
+            if not one.live and fresh.sources[one.path].value != old.sources[one.path].value
+        ]
+        if waiting:
+            _log.warning("changed, but read at the start only: %s", ", ".join(waiting))
+        _log.warning("configuration reloaded")
+        return True
+
+    def _apply(self, fresh: ServeConfig) -> None:
+        """Everything that can fail comes before everything that changes."""
+        launch, old = fresh.launch, self._config.launch
+        control = self._gateway.control
+        table = load_table(Path(launch.table)) if launch.table else None
+        workflows = [load_workflow(Path(name)) for name in launch.workflows]
+        if fresh.fleet is not None:
+            self._gateway.set_fleet(fresh.fleet)
+        if launch.policy != old.policy:
+            control.set_policy(launch.policy)
+        if table is not None:
+            control.set_table(table)
+        for workflow in workflows:
+            control.add_workflow(workflow)
+        control.reconfigure(fresh.gateway)
+        logging.getLogger().setLevel(launch.log_level.upper())
 
 
 class _Facts(logging.Formatter):
@@ -166,10 +164,10 @@ class _Facts(logging.Formatter):
         return f"{super().format(record)} {facts}".rstrip()
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Facts("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def _say(text: str) -> None:
