@@ -18,6 +18,7 @@ from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.trace import RunRecord, TraceRecord
 from planner.sim.disturbance import Disturbance
+from planner.sim.horizon import Horizon, Replan, ReplanLog
 from planner.sim.kernel import ClosedLoop, simulate
 from planner.sim.retention import Retention
 
@@ -77,6 +78,8 @@ class World:
         The endpoints, and what policies may believe.
     noise_cv, dispatch_s, clients, disturbances, retention
         See `simulate`.
+    replan
+        How the table of ``almanac`` is replaced on the way; None keeps it.
     """
 
     fleet: Fleet
@@ -86,6 +89,7 @@ class World:
     clients: ClosedLoop | None = None
     disturbances: tuple[Disturbance, ...] = ()
     retention: Retention | None = None
+    replan: Replan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +102,19 @@ class Cell:
     world: World
 
 
-def run_cell(cell: Cell, timer: Callable[[], float] | None = None) -> list[TraceRecord]:
-    """Return the records of one cell."""
+def run_cell(
+    cell: Cell, timer: Callable[[], float] | None = None, log: ReplanLog | None = None
+) -> list[TraceRecord]:
+    """Return the records of one cell; ``log`` is told of its re-planning, if there is any."""
     world = cell.world
+    policy = cell.setup.make(cell.seed)
+    horizon = None
+    if world.replan is not None and isinstance(policy, Planned):
+        horizon = Horizon(policy, world.replan, cell.seed, log or ReplanLog())
     return simulate(
         cell.runs,
         world.fleet,
-        cell.setup.make(cell.seed),
+        policy,
         world.forecaster,
         seed=cell.seed,
         noise_cv=world.noise_cv,
@@ -113,6 +123,7 @@ def run_cell(cell: Cell, timer: Callable[[], float] | None = None) -> list[Trace
         clients=world.clients,
         disturbances=world.disturbances,
         retention=world.retention,
+        horizon=horizon,
     )
 
 

@@ -57,6 +57,7 @@ from planner.sim.blockpool import Eviction
 from planner.sim.cluster import Cluster
 from planner.sim.disturbance import Disturbance
 from planner.sim.engine import EngineEvent, EngineRequest, Finished, Preempted, PullStarted
+from planner.sim.horizon import POLL_S, Horizon
 from planner.sim.retention import Idle, Keeper, Retention
 from planner.sim.transfer import Transfers
 
@@ -147,6 +148,7 @@ class _Simulation:
         retention: Retention | None,
         eviction: Callable[[], Eviction] | None,
         max_attempts: int,
+        horizon: Horizon | None,
     ) -> None:
         self.fleet = fleet
         self.router = Router(fleet, policy, forecaster)
@@ -158,6 +160,7 @@ class _Simulation:
         self.timer = timer
         self.transfers = transfers
         self.max_attempts = max_attempts
+        self.horizon = horizon
         self.cluster = Cluster(fleet, rng, noise_cv, eviction)
         (self.rng,) = rng.spawn(1)
         self.keeper = Keeper(self.cluster, retention, self.at) if retention else None
@@ -188,6 +191,8 @@ class _Simulation:
             self.queue, self.think_s = iter(specs), clients.think_s
             for _ in range(clients.clients):
                 self.at(0.0, 2, self.next_run)
+        if self.horizon:
+            self.at(0.0, 3, self.look_ahead)
         heap, cluster = self.heap, self.cluster
         while True:
             soonest = cluster.next_event_s()
@@ -204,6 +209,19 @@ class _Simulation:
                 "no endpoint that is up serves their model and has room for them"
             )
         return self.records
+
+    def look_ahead(self, now_s: float) -> None:
+        """Let the rolling horizon plan, for as long as anything else is to happen."""
+        assert self.horizon is not None  # noqa: S101 - scheduled only with one
+        if not self.heap and self.cluster.next_event_s() == math.inf:
+            return
+        up = [
+            one.id for one, well in zip(self.fleet.endpoints, self.cluster.up, strict=True) if well
+        ]
+        answer = self.horizon.look(now_s, up, self.records)
+        if answer is not None:
+            self.at(answer[0], 1, answer[1])
+        self.at(now_s + POLL_S, 3, self.look_ahead)
 
     # -- runs ---------------------------------------------------------------------------------
 
@@ -239,6 +257,8 @@ class _Simulation:
                 tenant=spec.tenant,
             )
         )
+        if self.horizon:
+            self.horizon.arrived(spec.workflow_hash, now_s)
         if spec.patience_s is not None:
             self.at(now_s + spec.patience_s, 1, lambda now: self.give_up(run, "cancelled", now))
         for task in spec.tasks:
@@ -319,6 +339,8 @@ class _Simulation:
         self.tell(RunEnded(run_id=spec.run_id, now_s=now_s))
         if self.keeper:
             self.keeper.ended(spec.run_id, now_s)
+        if self.horizon:
+            self.horizon.ended(spec.workflow_hash)
         self.records.append(
             RunRecord(
                 run_id=spec.run_id,
@@ -370,6 +392,8 @@ class _Simulation:
         commands = self.router.handle(CallArrived(call=call, now_s=now_s))
         if self.timer:
             flight.decision_us = (self.timer() - before) * 1e6
+        if self.horizon:
+            self.horizon.decided(now_s)
         self.obey(commands, now_s)
 
     def tell(self, event: Event) -> None:
@@ -663,6 +687,7 @@ def simulate(
     retention: Retention | None = None,
     eviction: Callable[[], Eviction] | None = None,
     max_attempts: int = 3,
+    horizon: Horizon | None = None,
 ) -> list[TraceRecord]:
     """Run a workload over a fleet under a policy.
 
@@ -697,6 +722,8 @@ def simulate(
         Makes each engine's eviction order; None is vLLM's LRU.
     max_attempts
         Attempts of a call before its run fails, >= 1.
+    horizon
+        Fresh; replaces the policy's table as the simulation goes on.
 
     Returns
     -------
@@ -722,5 +749,6 @@ def simulate(
         retention=retention,
         eviction=eviction,
         max_attempts=max_attempts,
+        horizon=horizon,
     )
     return simulation.run(specs, disturbances, clients)
