@@ -10,12 +10,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.cli.checks import at_least
+from planner.cli.checks import at_least, out_file
+from planner.dispatch.policies import Planned, parse_policy
+from planner.domain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from planner.cli.rolling import RollingStep
+    from runtime.replanning import ReplanConfig
 
-__all__ = ["add_replan_arguments", "add_step_arguments", "step_from", "worker_command"]
+__all__ = [
+    "add_replan_arguments",
+    "add_step_arguments",
+    "replan_options",
+    "step_from",
+    "worker_command",
+]
 
 DEFAULT_PERIOD_S = 300.0
 _STEP_OPTIONS = ("plan_limit", "tolerance", "replay_runs", "plan_seed")
@@ -93,14 +102,38 @@ def add_step_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def worker_command(args: argparse.Namespace) -> list[str]:
-    """Return the command line of a worker with the same options.
+def replan_options(args: argparse.Namespace, policy: str) -> tuple[list[str], ReplanConfig] | None:
+    """Return the worker's command line and the settings of re-planning, or None if it is off.
 
     Raises
     ------
     InvalidInput
-        If one is out of range; the worker itself could only fail again and again.
+        If a number is out of range, the log cannot be written or the policy uses no table. The
+        worker itself could only fail again and again.
     """
+    from runtime.plan_process import ProcessLimits
+    from runtime.replanning import ReplanConfig
+
+    if args.replan is None:
+        return None
+    if parse_policy(policy)[0] != Planned.name:
+        raise InvalidInput(
+            f"policy {policy!r} uses no dispatch table",
+            where="--replan",
+            remedy=f"use --policy {Planned.name}, or leave it out",
+        )
+    at_least(args, replan=1e-9, replan_deadline=1e-9)
+    out_file(args.replan_log, "--replan-log")
+    config = ReplanConfig(
+        period_s=args.replan,
+        limits=ProcessLimits(deadline_s=args.replan_deadline),
+        log=args.replan_log,
+    )
+    return worker_command(args), config
+
+
+def worker_command(args: argparse.Namespace) -> list[str]:
+    """Return the command line of a worker with the same options, or raise `InvalidInput`."""
     _check(args)
     words = [sys.executable, "-m", "planner.cli.main", "plan-worker"]
     for name in _STEP_OPTIONS:

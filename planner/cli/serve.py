@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from planner.cli.check_config import check_files
 from planner.cli.gateway_options import add_options, config_of
+from planner.cli.replan_options import add_replan_arguments, replan_options
 from planner.dispatch.table import load_table
 from planner.domain.errors import PlannerError
 from planner.domain.estimates import load_estimates
@@ -43,6 +45,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         ),
     )
     add_options(parser)
+    add_replan_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -52,11 +55,13 @@ def run(args: argparse.Namespace) -> int:
     from runtime.control import Control
     from runtime.discovery import ask_fleet
     from runtime.gateway import Gateway, tls_context
+    from runtime.replanning import Replanner
 
     config = config_of(args)
     path = args.file or args.config
     check_files(config, path)
     launch = config.launch
+    replan = replan_options(args, launch.policy)
     tls = tls_context(launch.cert, launch.key) if launch.cert and launch.key else None
     fleet = config.fleet or asyncio.run(ask_fleet(args.worker_urls))
     control = Control(
@@ -89,7 +94,10 @@ def run(args: argparse.Namespace) -> int:
                     return 1
                 _say(f"warning: no answer from {silent}; looking again until they come up")
             _say(f"ready: {gateway.address}, policy {launch.policy}")
-            await stop.wait()
+            async with contextlib.AsyncExitStack() as beside:
+                if replan is not None:
+                    await beside.enter_async_context(Replanner(control, *replan))
+                await stop.wait()
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
             await gateway.aclose()
