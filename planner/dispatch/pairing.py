@@ -15,7 +15,7 @@ from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecast
 from planner.dispatch.view import EndpointState
 
-__all__ = ["decode_s", "entries", "pair", "prefill_only"]
+__all__ = ["decode_s", "entries", "pair", "prefill_only", "pull_s"]
 
 
 def prefill_only(forecast: Forecast) -> Forecast:
@@ -34,18 +34,22 @@ def entries(candidates: Sequence[EndpointState]) -> list[EndpointState]:
     ]
 
 
+def pull_s(tokens: float, prefill: EndpointState, decode: EndpointState) -> float:
+    """Return the seconds that the KV of ``tokens`` is on its way, over the slower of two links."""
+    link_gb_s = min(prefill.endpoint.link_gb_s, decode.endpoint.link_gb_s)
+    return max(0.0, tokens) * (prefill.endpoint.kv_bytes_per_token or 0) / (link_gb_s * 1e9)
+
+
 def decode_s(
     call: Call, forecast: Forecast, prefill: EndpointState, decode: EndpointState, now_s: float
 ) -> float:
     """Return the expected seconds from the end of the prefill to the last token."""
-    link_gb_s = min(prefill.endpoint.link_gb_s, decode.endpoint.link_gb_s)
     missing = call.prompt_tokens - decode.prefix.match(call.prefix) * call.prefix_tokens
-    pull_s = max(0.0, missing) * (prefill.endpoint.kv_bytes_per_token or 0) / (link_gb_s * 1e9)
     cost = call_cost(
         call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, decode, now_s,
         prefilled=True,
     )  # fmt: skip
-    return pull_s + cost.own_s
+    return pull_s(missing, prefill, decode) + cost.own_s
 
 
 def pair(

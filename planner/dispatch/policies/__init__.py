@@ -9,6 +9,14 @@ from typing import Any
 from planner.dispatch.policies.base import Choice, Policy
 from planner.dispatch.policies.classic import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
 from planner.dispatch.policies.finish import LeastExpectedFinish, MarginalCost
+from planner.dispatch.policies.orders import (
+    Atlas,
+    FirstComeCall,
+    FirstComeWorkflow,
+    LeastAttainedService,
+    LeastLaxity,
+    Plas,
+)
 from planner.dispatch.policies.planned import Planned
 from planner.dispatch.policies.prefix import PrefixAffinity
 from planner.domain.errors import InvalidInput
@@ -25,6 +33,12 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
         PrefixAffinity,
         LeastExpectedFinish,
         MarginalCost,
+        FirstComeCall,
+        FirstComeWorkflow,
+        LeastLaxity,
+        LeastAttainedService,
+        Plas,
+        Atlas,
         Planned,
     )
 }

@@ -1,0 +1,119 @@
+"""The base of policies that keep calls in the router and release them in an order of their own.
+
+Whenever something has happened and an endpoint has room, the waiting calls are offered, most
+urgent first, until no room is left; `Placement` says where each goes. A policy of this kind thus
+is a key and, if it wants, a placement of its own, and comparisons between them are about the
+order alone.
+
+What was sent stays sent: engines run what they have by their own rules, with the age of the run
+as the priority, so that under KV pressure the youngest is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from planner.dispatch.events import (
+    Call,
+    CallArrived,
+    CallCancelled,
+    CallFailed,
+    CallFinished,
+    EndpointUp,
+    Event,
+    PrefillFinished,
+    Tick,
+)
+from planner.dispatch.forecast import Forecaster
+from planner.dispatch.policies.base import Choice, Ready, Wait, age_priority
+from planner.dispatch.policies.placement import Placement, Route
+from planner.dispatch.policies.progress import Ended, Runs
+from planner.dispatch.policies.response import first_to_last
+from planner.dispatch.view import FleetView
+
+__all__ = ["QueuedPolicy"]
+
+_CHANGES = (
+    CallArrived, CallCancelled, CallFailed, CallFinished, EndpointUp, PrefillFinished, Tick,
+)  # fmt: skip
+"""Events that bring work or room; after others an offer would be answered as the last one was."""
+
+
+class QueuedPolicy:
+    """Calls wait in the router in the order of `key`.
+
+    Attributes
+    ----------
+    runs
+        What has been seen of the runs under way.
+    forecaster
+        Comes with the first offer; before it, nothing is ranked that would need it.
+    """
+
+    name = "queued"
+
+    def __init__(self) -> None:
+        self.runs = Runs()
+        self.forecaster: Forecaster | None = None
+        self.placement = Placement()
+        self.fleet: FleetView | None = None
+        self._changed = False
+
+    # -- what a policy of this kind says --------------------------------------------------------
+
+    def key(self, call: Call, now_s: float) -> Any:
+        """Return what waiting calls are sorted by, smallest first; equal keys by arrival here."""
+        raise NotImplementedError
+
+    def ended(self, ended: Ended, now_s: float) -> None:
+        """Take note of a call that has ended well."""
+
+    def place(self, ready: Ready) -> Route | None:
+        """Return where a call goes now, or None if it waits."""
+        return self.placement.place(ready)
+
+    # -- the router's side ----------------------------------------------------------------------
+
+    def observe(self, event: Event, fleet: FleetView) -> None:
+        """Follow the runs."""
+        self.fleet = fleet
+        self._changed = self._changed or isinstance(event, _CHANGES)
+        ended = self.runs.observe(event)
+        if ended is not None:
+            self.ended(ended, event.now_s)
+
+    def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Iterable[Call]:
+        """Yield the waiting calls, most urgent first, while anything has room."""
+        if not self._changed:
+            return ()
+        self._changed = False
+        self.placement.begin(fleet)
+        if not self.placement.open(fleet):
+            return ()
+        return self._offers(self.ranked(held, now_s), fleet)
+
+    def ranked(self, held: Sequence[Call], now_s: float) -> Iterable[Call]:
+        """Return the waiting calls, most urgent first."""
+        return held if len(held) < 2 else first_to_last(held, lambda call: self.key(call, now_s))
+
+    def _offers(self, ranked: Iterable[Call], fleet: FleetView) -> Iterator[Call]:
+        for call in ranked:
+            yield call
+            if not self.placement.open(fleet):
+                return
+
+    def choose(self, ready: Ready) -> Choice | Wait:
+        """Return where the offered call goes now."""
+        self.forecaster = ready.forecaster
+        route = self.place(ready)
+        if route is None:
+            return Wait("room")
+        self.runs.sent(ready.call, ready.now_s)
+        return Choice(
+            route.entry.index,
+            self.name,
+            priority=age_priority(ready.call),
+            cost=route.cost,
+            decode_endpoint=None if route.decode is None else route.decode.index,
+        )

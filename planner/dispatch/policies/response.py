@@ -1,0 +1,61 @@
+"""The response ratio: what Astraea, HexAGenT and SAGA's fair share rank by.
+
+All three divide a time that has been or will be spent by a time that would be needed, and serve
+the largest quotient first. They differ in the two measures:
+
+============ ============================================== =====================================
+policy       numerator                                      denominator
+============ ============================================== =====================================
+astraea      wait of all segments + this segment's time     this segment's time
+hexagent     time in the system + time to the call's end    the run's time on an idle fleet
+fair share   work that is left of a run                     time left until its deadline
+============ ============================================== =====================================
+
+References
+----------
+P. Brinch Hansen, An analysis of response ratio scheduling, IFIP 1971 (highest response ratio
+next); the policies' own modules name the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop
+from typing import Any, Generic, TypeVar
+
+__all__ = ["ResponseRatio", "first_to_last"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseRatio(Generic[T]):
+    """A quotient of two measures of the same thing.
+
+    Parameters
+    ----------
+    numerator, denominator
+        Seconds of an item.
+    least_s
+        A denominator below this counts as this, > 0.
+    """
+
+    numerator: Callable[[T], float]
+    denominator: Callable[[T], float]
+    least_s: float = 1e-6
+
+    def of(self, item: T) -> float:
+        """Return the ratio of an item; larger is more urgent."""
+        return self.numerator(item) / max(self.denominator(item), self.least_s)
+
+
+def first_to_last(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[T]:
+    """Yield items by ascending key, equal keys in the order given.
+
+    Reading k of n items takes O(n + k log n), and a queue is rarely read to its end.
+    """
+    heap = [(key(item), number, item) for number, item in enumerate(items)]
+    heapify(heap)
+    while heap:
+        yield heappop(heap)[2]
