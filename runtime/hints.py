@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["HINT_SOURCES", "NO_HINTS", "Hints", "head_start_s", "read_hints"]
+__all__ = ["HINT_SOURCES", "NO_HINTS", "Hints", "deadline_s", "head_start_s", "read_hints"]
 
 HINT_SOURCES = ("almanac", "agentic_context", "nvext", "llm-d", "smg")
 """In order of precedence: the first that gives a value wins, value by value."""
@@ -66,7 +66,9 @@ class Hints:
     strict_priority
         Tier that waiting does not make up for; higher first.
     deadline_s
-        Wall seconds from now by which the client wants the whole answer, > 0.
+        Seconds from now by which the client wants the whole answer, > 0.
+    run_deadline_s
+        The same for the whole run, counted from its arrival.
     ttft_s, tpot_s
         Wanted seconds to the first token, and per further token.
     output_tokens
@@ -78,6 +80,7 @@ class Hints:
     priority: int | None = None
     strict_priority: int | None = None
     deadline_s: float | None = None
+    run_deadline_s: float | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
     output_tokens: int | None = None
@@ -87,19 +90,32 @@ class Hints:
 NO_HINTS = Hints()
 
 
-def head_start_s(hints: Hints) -> float:
+def head_start_s(hints: Hints, *, age_s: float = 0.0) -> float:
     """Return by how much earlier a call counts as arrived, engine order included; may be < 0.
 
-    ``60 s x priority + max(0, 300 s - deadline)``, and a strict tier on top. So a class is worth a
-    minute of waiting, and among equals the earlier deadline comes first.
+    ``60 s x priority + max(0, 300 s - seconds left to the deadline)``, and a strict tier on top:
+    a class is worth a minute of waiting, and among equals the earlier deadline comes first.
+
+    Parameters
+    ----------
+    age_s
+        Seconds since the arrival of the run.
     """
     start_s = CLASS_S * (hints.priority or 0) + STRICT_S * (hints.strict_priority or 0)
-    deadline_s = hints.deadline_s
-    if deadline_s is None:
-        deadline_s = hints.ttft_s
-    if deadline_s is not None:
-        start_s += max(0.0, USUAL_DEADLINE_S - deadline_s)
+    left_s = deadline_s(hints, age_s=age_s)
+    if left_s is None and hints.ttft_s is not None:
+        left_s = age_s + hints.ttft_s
+    if left_s is not None:
+        start_s += max(0.0, USUAL_DEADLINE_S - (left_s - age_s))
     return start_s
+
+
+def deadline_s(hints: Hints, *, age_s: float = 0.0) -> float | None:
+    """Return when the answer is due, seconds after the arrival of the run; None if nobody said."""
+    due = [one for one in (hints.run_deadline_s,) if one is not None]
+    if hints.deadline_s is not None:
+        due.append(age_s + hints.deadline_s)
+    return min(due, default=None)
 
 
 def read_hints(
@@ -142,7 +158,7 @@ _Found = list[tuple[str, str, Any]]
 def _almanac(headers: Mapping[str, str], _payload: Mapping[str, Any]) -> _Found:
     return [
         ("priority", "x-almanac-priority", headers.get("x-almanac-priority")),
-        ("deadline_s", "x-almanac-deadline-s", headers.get("x-almanac-deadline-s")),
+        ("run_deadline_s", "x-almanac-deadline-s", headers.get("x-almanac-deadline-s")),
         ("output_tokens", "x-almanac-output-tokens", headers.get("x-almanac-output-tokens")),
     ]
 
@@ -234,6 +250,7 @@ _VALUES = {
     "priority": _priority,
     "strict_priority": _priority,
     "deadline_s": _seconds,
+    "run_deadline_s": _seconds,
     "ttft_s": _seconds,
     "tpot_s": _seconds,
     "output_tokens": _tokens,

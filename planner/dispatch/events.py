@@ -49,11 +49,14 @@ class Call:
     prefix_tokens
         Tokens per item of ``prefix``, > 0.
     run_arrival_s, ready_s
-        Arrival of the run, and of this call.
+        Arrival of the run, and of this call. The run's is the earlier the more urgent its client
+        says it is, so that all orders by age obey.
     visit
         Earlier entries of the run into this node.
     max_tokens
         Declared limit on the output, or None.
+    hinted_tokens
+        Output length the client expects, >= 1, which is believed instead of the forecast; or None.
     tenant
         Whose run it is.
     deadline_s
@@ -75,6 +78,7 @@ class Call:
     ready_s: float = 0.0
     visit: int = 0
     max_tokens: int | None = None
+    hinted_tokens: int | None = None
     session_id: str | None = None
     model: str | None = None
     tenant: str = "default"

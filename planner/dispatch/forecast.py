@@ -88,7 +88,10 @@ class Forecaster:
             self._cache.pop((key, site), None)
 
     def of(self, call: Call) -> Forecast:
-        """Return the forecast of a call; a declared ``max_tokens`` caps it."""
+        """Return the forecast of a call; a declared ``max_tokens`` caps it.
+
+        A length the client expects is taken instead of ours.
+        """
         key = (call.workflow_hash, call.site)
         forecast = self._cache.get(key)
         if forecast is None:
@@ -97,6 +100,8 @@ class Forecaster:
                 criticality=self._critical.get(key, 1.0),
             )
             self._cache[key] = forecast
+        if call.hinted_tokens is not None:
+            forecast = replace(forecast, output_tokens=float(call.hinted_tokens))
         if call.max_tokens is not None and forecast.output_tokens > call.max_tokens:
             return replace(forecast, output_tokens=float(call.max_tokens))
         return forecast

@@ -112,7 +112,7 @@ class CorrectedForecaster(Forecaster):
         """Return the corrected forecast of a call; a declared ``max_tokens`` caps it."""
         forecast = self._base.of(call)
         ratio = self._ratios.get((call.workflow_hash, call.site))
-        if ratio is None:
+        if ratio is None or call.hinted_tokens is not None:
             return forecast
         limit = float("inf") if call.max_tokens is None else float(call.max_tokens)
         factor = ratio.value
@@ -122,7 +122,9 @@ class CorrectedForecaster(Forecaster):
         )
 
     def observe(self, call: Call, output_tokens: int) -> None:
-        """Learn from the length of a finished call."""
+        """Learn from the length of a finished call; one with a hint says little of the others."""
+        if call.hinted_tokens is not None:
+            return
         key = (call.workflow_hash, call.site)
         ratio = self._ratios.setdefault(key, _Ratio())
         self._ratios.move_to_end(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict
 
-from runtime.hints import HINT_SOURCES, NO_HINTS, Hints, head_start_s, read_hints
+from runtime.hints import HINT_SOURCES, NO_HINTS, Hints, deadline_s, head_start_s, read_hints
 
 
 def hints(headers=None, payload=None, sources=HINT_SOURCES):
@@ -23,7 +23,7 @@ def hints(headers=None, payload=None, sources=HINT_SOURCES):
                 "x-almanac-output-tokens": "9",
             },
             {},
-            Hints(priority=2, deadline_s=1.5, output_tokens=9),
+            Hints(priority=2, run_deadline_s=1.5, output_tokens=9),
         ),
         (
             {},
@@ -90,5 +90,10 @@ def test_higher_is_more_urgent_and_waiting_makes_up():
     near, far = head_start_s(Hints(deadline_s=10.0)), head_start_s(Hints(deadline_s=200.0))
     assert near > far > usual
     assert head_start_s(Hints(deadline_s=5000.0)) == usual
+    # A minute into the run, 50 s are left of its 110, which is as near as 50 s from now.
+    late = head_start_s(Hints(run_deadline_s=110.0), age_s=60.0)
+    assert late == head_start_s(Hints(deadline_s=50.0), age_s=60.0) == 250.0
+    assert deadline_s(Hints(run_deadline_s=110.0, deadline_s=10.0), age_s=60.0) == 70.0
+    assert deadline_s(NO_HINTS) is None
     assert head_start_s(Hints(strict_priority=1)) > head_start_s(Hints(priority=1000))
     assert head_start_s(Hints(priority=-2)) < usual
