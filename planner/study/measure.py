@@ -3,24 +3,163 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from planner.dispatch.policies import make_policy
 from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
+from planner.metrics import RunMetrics, summarise
+from planner.sim.experiment import World
+from planner.sim.kernel import simulate
 
-__all__ = ["jain_index", "refilled_tokens"]
+__all__ = ["CellResult", "jain_index", "measure", "refilled_tokens", "standalone_s"]
+
+WARM_UP = 0.15
+"""Share of the runs, the first to arrive, that is simulated and not counted: the fleet is empty
+when they come, and no text is cached."""
+_IDLE_S = 10_000.0
+"""Time between two runs on an idle fleet: longer than any run lasts."""
 
 
-def refilled_tokens(records: Iterable[TraceRecord], runs: Sequence[RunSpec]) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """One policy on the runs of one seed, without the warm-up.
+
+    Parameters
+    ----------
+    metrics
+        Run metrics; ``metrics.prefilled_tokens`` counts new and refilled text.
+    stretch_mean, stretch_p95, stretch_p99
+        Run latency over the run's latency alone on the idle fleet (``Req95``, ``Req99``).
+    jain
+        Jain's index of the stretches, 1 if all runs are slowed alike.
+    refilled_tokens
+        Prompt tokens computed anew where they had been before; see `refilled_tokens`.
+    tenants
+        By tenant: runs, mean_s, stretch_p95, and the share of runs within their deadline.
+    """
+
+    metrics: RunMetrics
+    stretch_mean: float | None = None
+    stretch_p95: float | None = None
+    stretch_p99: float | None = None
+    jain: float | None = None
+    refilled_tokens: int = 0
+    tenants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """Return a figure by name, of the cell or of its run metrics."""
+        holder = self.metrics if metric in RunMetrics.__dataclass_fields__ else self
+        found = getattr(holder, metric)
+        return None if found is None else float(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {**asdict(self), "metrics": self.metrics.to_json()}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> CellResult:
+        """Rebuild a result, or raise `InvalidInput`."""
+        return cls(**{**raw, "metrics": RunMetrics.from_json(raw["metrics"], where)})
+
+
+def measure(
+    records: Sequence[TraceRecord], runs: Sequence[RunSpec], alone_s: Sequence[float]
+) -> CellResult:
+    """Return the figures of a cell.
+
+    Parameters
+    ----------
+    records
+        Of the whole cell, warm-up included.
+    runs
+        Its runs, in order of arrival.
+    alone_s
+        Latency of each run alone on the idle fleet, s, in the same order.
+    """
+    skipped = {run.run_id for run in runs[: int(WARM_UP * len(runs))]}
+    counted = [one for one in records if one.run_id not in skipped]
+    alone = dict(zip((run.run_id for run in runs), alone_s, strict=True))
+    ended = [one for one in counted if isinstance(one, RunRecord) and one.status == "ok"]
+    stretches = [(one.finish_s - one.arrival_s) / max(alone[one.run_id], 1e-3) for one in ended]  # type: ignore[index]
+    known = bool(stretches)
+    return CellResult(
+        metrics=summarise(counted),
+        stretch_mean=float(np.mean(stretches)) if known else None,
+        stretch_p95=float(np.percentile(stretches, 95)) if known else None,
+        stretch_p99=float(np.percentile(stretches, 99)) if known else None,
+        jain=jain_index(stretches) if known else None,
+        refilled_tokens=refilled_tokens(records, runs, skipped),
+        tenants=_tenants(ended, stretches),
+    )
+
+
+def _tenants(ended: Sequence[RunRecord], stretches: Sequence[float]) -> dict[str, dict[str, float]]:
+    grouped: dict[str, list[tuple[RunRecord, float]]] = {}
+    for one, stretch in zip(ended, stretches, strict=True):
+        grouped.setdefault(one.tenant, []).append((one, stretch))
+    found = {}
+    for tenant, pairs in sorted(grouped.items()):
+        latencies = [one.finish_s - one.arrival_s for one, _ in pairs]
+        met = [
+            latency <= one.deadline_s
+            for (one, _), latency in zip(pairs, latencies, strict=True)
+            if one.deadline_s is not None
+        ]
+        found[tenant] = {
+            "runs": float(len(pairs)),
+            "mean_s": float(np.mean(latencies)),
+            "stretch_p95": float(np.percentile([stretch for _, stretch in pairs], 95)),
+            **({"within_deadline": float(np.mean(met))} if met else {}),
+        }
+    return found
+
+
+def standalone_s(runs: Sequence[RunSpec], world: World) -> list[float]:
+    """Return the latency of each run alone on the fleet, seconds, in the order of the runs.
+
+    The same simulator, least expected finish, no noise; static prefixes are warm as they would be
+    in service. Joins still share the fleet with their own branches.
+    """
+    apart = [_arriving(run, number * _IDLE_S) for number, run in enumerate(runs)]
+    records = simulate(
+        apart,
+        world.fleet,
+        make_policy("least_expected_finish"),
+        world.forecaster,
+        dispatch_s=world.dispatch_s,
+    )
+    latency = {
+        one.run_id: one.finish_s - one.arrival_s for one in records if isinstance(one, RunRecord)
+    }
+    return [latency[run.run_id] for run in runs]
+
+
+def _arriving(run: RunSpec, arrival_s: float) -> RunSpec:
+    return RunSpec(
+        run_id=run.run_id,
+        workflow=run.workflow,
+        workflow_hash=run.workflow_hash,
+        arrival_s=arrival_s,
+        tasks=run.tasks,
+    )
+
+
+def refilled_tokens(
+    records: Iterable[TraceRecord], runs: Sequence[RunSpec], skipped: Iterable[str] = ()
+) -> int:
     """Return the prompt tokens that an endpoint computed although it had computed them before.
 
     A block counts if the endpoint once held its whole prefix, from a prompt or from an answer,
     and no longer did: what a larger KV cache or another eviction order would have saved there.
+    Calls of ``skipped`` runs are not counted, their text is.
     """
     tasks = {f"{run.run_id}/{task.index}": task for run in runs for task in run.tasks}
+    left_out = set(skipped)
     calls = [one for one in records if isinstance(one, CallRecord) and one.status == "ok"]
     calls.sort(key=lambda call: call.finish_s or 0.0)
     held: dict[str, set[int]] = {}
@@ -28,10 +167,12 @@ def refilled_tokens(records: Iterable[TraceRecord], runs: Sequence[RunSpec]) -> 
     for call in calls:
         task = tasks[call.call_id.partition("#")[0]]
         chain = block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
-        prompt = chain[: (call.prompt_tokens - 1) // BLOCK_TOKENS]
         seen = held.setdefault(call.prefill_endpoint or call.endpoint, set())
-        known = sum(1 for block in prompt if block in seen) * BLOCK_TOKENS
-        refilled += max(0, known - (call.cached_tokens or 0))
+        if call.run_id not in left_out:
+            # The last prompt token is always computed.
+            prompt = chain[: (call.prompt_tokens - 1) // BLOCK_TOKENS]
+            known = sum(1 for block in prompt if block in seen) * BLOCK_TOKENS
+            refilled += max(0, known - (call.cached_tokens or 0))
         seen.update(chain)
     return refilled
 

@@ -1,0 +1,320 @@
+"""Runs a study cell by cell, in parallel, and keeps what is done.
+
+The study folder holds
+
+    forecasts/*.json   learned estimate tables, by mix and fleet
+    tables/*.json      dispatch tables, one for all loads of a fleet, mix and forecast
+    alone/*.json       latency of each run alone on the idle fleet, by seed
+    cells/*.json       one result each, tuning cells included
+
+A cell's file is named by a hash of all that its result depends on: setting, policy, parameters,
+table, seed, number of runs, and `CODE_SCHEMA`. So an interrupted study goes on where it was, and
+studies with common cells share them in one folder. Tuning is replayed from its cells.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed
+
+from planner.dispatch.policies import parse_policy
+from planner.dispatch.table import DispatchTable, load_table, save_table
+from planner.domain.errors import InvalidInput
+from planner.domain.files import atomic_write, read_json
+from planner.domain.run import RunSpec
+from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune
+from planner.study.loads import capacity_rps
+from planner.study.measure import CellResult, measure, standalone_s
+from planner.study.mixes import joined, split_table
+from planner.study.settings import Setting, workload
+from planner.study.studies import Study
+
+__all__ = ["CODE_SCHEMA", "Outcome", "chosen_settings", "run_study"]
+
+CODE_SCHEMA = 1
+"""Raised when a change of the code makes earlier cells incomparable."""
+TUNING_SEED = 1000
+"""Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
+PLANNED_LOADS = (0.4, 0.6, 0.8, 0.9)
+"""Loads that a dispatch table is planned for; it serves every load of its fleet and mix."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One policy in one setting: its tuned setup and a result per seed."""
+
+    setting: Setting
+    policy: str
+    setup: PolicySetup
+    results: Mapping[int, CellResult]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A cell, self-contained: a worker process builds the rest."""
+
+    setting: Setting
+    setup: PolicySetup
+    seed: int
+    runs: int
+    folder: Path
+    data: Path | None
+
+    @property
+    def key(self) -> str:
+        document = {
+            "schema": CODE_SCHEMA,
+            "setting": self.setting.to_json(),
+            "policy": self.setup.policy,
+            "parameters": {k: repr(v) for k, v in sorted(self.setup.shown_parameters.items())},
+            "table": self.setup.table.version if self.setup.table else None,
+            "seed": self.seed,
+            "runs": self.runs,
+        }
+        return _hash(document)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "cells" / f"{self.key}.json"
+
+
+def chosen_settings(study: Study, pattern: str | None) -> tuple[Setting, ...]:
+    """Return the settings whose name fits a pattern (``*`` and ``?``), all for None.
+
+    Raises
+    ------
+    InvalidInput
+        If none does.
+    """
+    chosen = tuple(
+        one for one in study.settings if pattern is None or fnmatch.fnmatch(one.name, pattern)
+    )
+    if not chosen:
+        raise InvalidInput(
+            f"{pattern!r} fits no setting",
+            where="--settings",
+            remedy=f"names look like {study.settings[0].name}",
+        )
+    return chosen
+
+
+def run_study(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 2,
+    data: Path | None = None,
+    resume: bool = True,
+    progress: Progress = lambda _: None,
+) -> list[Outcome]:
+    """Tune and run every policy in every setting; return the outcomes, policy within setting.
+
+    Parameters
+    ----------
+    folder
+        The study folder; made if absent.
+    jobs
+        Processes, >= 1.
+    data
+        Folder of the public datasets, for recorded arrivals.
+    resume
+        Whether to believe the cells that are there already.
+
+    Raises
+    ------
+    InvalidInput
+        If a policy or a setting is unknown, or data is missing.
+    """
+    for name in study.policies:
+        parse_policy(name)
+    for name in ("forecasts", "tables", "alone", "cells"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    runner = _Runner(folder=folder, jobs=jobs, data=data, resume=resume, progress=progress)
+    # What cells share is made first and once: two processes must not both train it.
+    setups = {}
+    for setting in study.settings:
+        progress(f"preparing {setting.name}")
+        _world(setting, folder)
+        for name in study.policies:
+            setups[setting, name] = _setup(setting, name, folder, progress)
+    with Parallel(n_jobs=jobs, return_as="generator_unordered") as pool:
+        runner.pool = pool
+        outcomes = []
+        evaluated = []
+        for (setting, name), setup in setups.items():
+            if not parse_policy(name)[1]:
+                setup = runner.tuned(setting, setup, study)
+            evaluated.append((setting, name, setup))
+        cells = [
+            _Job(setting=s, setup=setup, seed=seed, runs=study.runs, folder=folder, data=data)
+            for s, _, setup in evaluated
+            for seed in range(study.seeds)
+        ]
+        results = iter(runner.results(cells, "evaluation"))
+        for setting, name, setup in evaluated:
+            outcomes.append(
+                Outcome(
+                    setting=setting,
+                    policy=name,
+                    setup=setup,
+                    results={seed: next(results) for seed in range(study.seeds)},
+                )
+            )
+    return outcomes
+
+
+@dataclass(slots=True, kw_only=True)
+class _Runner:
+    folder: Path
+    jobs: int
+    data: Path | None
+    resume: bool
+    progress: Progress
+    pool: Parallel | None = None
+
+    def tuned(self, setting: Setting, setup: PolicySetup, study: Study) -> PolicySetup:
+        def score(candidates: Sequence[PolicySetup]) -> list[float]:
+            cells = [
+                _Job(
+                    setting=setting, setup=one, seed=TUNING_SEED + k, runs=study.tuning_runs,
+                    folder=self.folder, data=self.data,
+                )
+                for one in candidates
+                for k in range(study.tuning_seeds)
+            ]  # fmt: skip
+            results = self.results(cells, f"tuning {setup.policy} in {setting.name}")
+            means = [_mean_s(result) for result in results]
+            size = study.tuning_seeds
+            return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
+
+        return tune(setup, score)
+
+    def results(self, cells: Sequence[_Job], what: str) -> list[CellResult]:
+        """Return the results of cells, in their order; those on file are read."""
+        missing = list(
+            {
+                job.key: job for job in cells if not (self.resume and job.file.exists())
+            }.values()
+        )
+        started = time.monotonic()
+        if missing:
+            self.progress(f"{what}: {len(missing)} of {len(cells)} cells to simulate")
+            assert self.pool is not None  # noqa: S101 - set before the first call
+            done = self.pool(delayed(_simulate)(job) for job in missing)
+            for number, name in enumerate(done, start=1):
+                if len(missing) > 20 and (number % 20 == 0 or number == len(missing)):
+                    left_s = (time.monotonic() - started) / number * (len(missing) - number)
+                    self.progress(f"[{number}/{len(missing)}] {name}; {_span(left_s)} left")
+        return [_read(job.file) for job in cells]
+
+
+def _mean_s(result: CellResult) -> float:
+    mean = result.metrics.mean_s
+    return float("inf") if mean is None else mean
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _hash(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _read(file: Path) -> CellResult:
+    raw = read_json(file, what="study cell")
+    return CellResult.from_json(raw["result"], str(file))
+
+
+def _write(file: Path, document: Any) -> None:
+    with atomic_write(file) as temporary:
+        temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def _simulate(job: _Job) -> str:
+    """Run one cell and write its file; return what it was."""
+    runs = _workload(job.setting, job.seed, job.runs, job.data)
+    world = _world(job.setting, job.folder)
+    alone = _alone(job, runs, world)
+    records = run_cell(
+        Cell(setup=job.setup, seed=job.seed, runs=runs, world=world), time.perf_counter
+    )
+    result = measure(records, runs, alone)
+    document = {
+        "schema": CODE_SCHEMA,
+        "setting": job.setting.name,
+        "policy": job.setup.policy,
+        "parameters": {k: repr(v) for k, v in sorted(job.setup.shown_parameters.items())},
+        "seed": job.seed,
+        "result": result.to_json(),
+    }
+    _write(job.file, document)
+    return f"{job.setup.policy} in {job.setting.name}, seed {job.seed}"
+
+
+@lru_cache(maxsize=4)
+def _workload(setting: Setting, seed: int, runs: int, data: Path | None) -> tuple[RunSpec, ...]:
+    return workload(setting, seed, runs, data=data)
+
+
+@lru_cache(maxsize=8)
+def _world(setting: Setting, folder: Path) -> World:
+    return setting.world(folder / "forecasts")
+
+
+def _alone(job: _Job, runs: Sequence[RunSpec], world: World) -> list[float]:
+    """Return the standalone latencies: they do not depend on load, arrivals or policy."""
+    plain = replace(job.setting, load=1.0, arrivals="poisson")
+    key = _hash([CODE_SCHEMA, plain.to_json(), job.seed, job.runs])
+    file = job.folder / "alone" / f"{key}.json"
+    if not file.exists():
+        _write(file, [round(value, 6) for value in standalone_s(runs, world)])
+    found: list[float] = read_json(file, what="standalone latencies")
+    return found
+
+
+def _setup(setting: Setting, text: str, folder: Path, progress: Progress) -> PolicySetup:
+    name, parameters = parse_policy(text)
+    table = _table(setting, folder, progress) if name == "almanac" else None
+    return PolicySetup(policy=name, parameters=parameters, table=table)
+
+
+def _table(setting: Setting, folder: Path, progress: Progress) -> DispatchTable:
+    """Return the dispatch table of a setting's fleet, mix and forecasts; the same at each load."""
+    from planner.solve.budget import Budget
+    from planner.study.tables import plan_table
+
+    world, mix = _world(setting, folder), setting.make_mix()
+    estimates = world.forecaster.estimates
+    key = _hash([CODE_SCHEMA, world.fleet.content_hash(), mix.name, estimates.version,
+                 [workflow.content_hash for workflow in mix.workflows]])  # fmt: skip
+    file = folder / "tables" / f"{key}.json"
+    if file.exists():
+        return load_table(file)
+    progress(f"planning {mix.name} on {world.fleet.name}")
+    workflow, whole = joined(mix, estimates)
+    table = plan_table(
+        workflow,
+        world.fleet,
+        whole,
+        rate_rps=capacity_rps(world.fleet, mix),
+        budget=Budget.reproducible(deterministic=5.0, relative_gap=0.02),
+        factors=PLANNED_LOADS,
+        progress=progress,
+    )
+    table = split_table(table, mix)
+    save_table(table, file)
+    return table
