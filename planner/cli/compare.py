@@ -18,6 +18,7 @@ from planner.domain.trace import TraceRecord, save_trace
 from planner.metrics import RunMetrics, summarise
 from planner.report.results import PolicyResult, Results, SeedResult
 from planner.sim.experiment import Cell, PolicySetup, World, mean_latency_s, run_cell, tune
+from planner.sim.horizon import ReplanLog
 
 __all__ = [
     "COMPARED",
@@ -126,13 +127,25 @@ def tune_setups(
     return [setup if setup.parameters else tune(setup, score, progress) for setup in setups]
 
 
-def _measured(cell: Cell, folder: Path | None) -> tuple[RunMetrics, str | None]:
-    records: list[TraceRecord] = run_cell(cell, time.perf_counter)
+def _measured(cell: Cell, folder: Path | None) -> tuple[RunMetrics, str | None, ReplanLog]:
+    log = ReplanLog()
+    records: list[TraceRecord] = run_cell(cell, time.perf_counter, log)
     name = None
     if folder is not None:
         name = f"traces/{cell.setup.policy}-{cell.seed}.jsonl"
         save_trace(records, folder / name, policy=cell.setup.policy, seed=cell.seed)
-    return summarise(records), name
+    return summarise(records), name, log
+
+
+def _replan_facts(logs: Sequence[ReplanLog]) -> dict[str, float]:
+    """Return what became of the plans, on average over the replications that made any."""
+    count = len(logs)
+    return {
+        "plans_made": sum(log.made for log in logs) / count,
+        "plans_adopted": sum(log.adopted for log in logs) / count,
+        "mean_age_s": sum(log.mean_age_s for log in logs) / count,
+        "planner_s": sum(log.planner_s for log in logs) / max(1, sum(log.made for log in logs)),
+    }
 
 
 def simulate_setups(
@@ -147,14 +160,21 @@ def simulate_setups(
 ) -> Results:
     """Simulate every policy on every workload (seed -> runs) and return the results.
 
-    ``folder``, if given, receives one trace per cell.
+    ``folder``, if given, receives one trace per cell. Where the world re-plans, the settings of
+    the results say how many plans a replication made and adopted, their mean age over decisions
+    and the planner's seconds.
     """
     cells = _cells(setups, workloads, world)
-    outcomes: Iterable[tuple[RunMetrics, str | None]] = Parallel(
+    outcomes: Iterable[tuple[RunMetrics, str | None, ReplanLog]] = Parallel(
         n_jobs=jobs, return_as="generator"
     )(delayed(_measured)(cell, folder) for cell in cells)
     by_policy: dict[str, list[SeedResult]] = {setup.policy: [] for setup in setups}
-    for number, (cell, (metrics, trace)) in enumerate(zip(cells, outcomes, strict=True), start=1):
+    logs: list[ReplanLog] = []
+    for number, (cell, (metrics, trace, log)) in enumerate(
+        zip(cells, outcomes, strict=True), start=1
+    ):
+        if log.made:
+            logs.append(log)
         by_policy[cell.setup.policy].append(
             SeedResult(seed=cell.seed, metrics=metrics, trace=trace)
         )
@@ -165,7 +185,7 @@ def simulate_setups(
     return Results(
         title=title,
         mode="simulated",
-        settings=dict(settings),
+        settings={**settings, **({"replanning": _replan_facts(logs)} if logs else {})},
         policies=tuple(
             PolicyResult(
                 policy=setup.policy,

@@ -8,6 +8,7 @@ so a table does not pass for having been fitted to the very runs that judge it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,20 +18,24 @@ import numpy as np
 from planner.cli.activation import TOLERANCE, Activation, weigh_tables
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable
-from planner.domain.estimates import WorkflowEstimate
+from planner.domain.errors import PlannerError
+from planner.domain.estimates import EstimateTable, WorkflowEstimate
+from planner.domain.fleet import Fleet
 from planner.domain.ids import RunId
 from planner.domain.plan import Plan
 from planner.domain.run import RunSpec
 from planner.domain.snapshot import Snapshot
 from planner.domain.trace import TraceRecord
+from planner.domain.workflow import Workflow
 from planner.graph.rebuild import runs_from_trace
 from planner.sim.disturbance import Disturbance
 from planner.sim.experiment import Cell, PolicySetup, World, mean_latency_s, run_cell, tune
+from planner.sim.horizon import Replanned, Seen
 from planner.sim.workload import poisson_arrivals, sampled_workload
 from planner.solve.budget import Budget
 from planner.solve.horizon import Planned, plan_snapshot
 
-__all__ = ["Rolled", "RollingStep"]
+__all__ = ["Rolled", "RollingPlanner", "RollingPlanners", "RollingStep"]
 
 LEAST_RUNS = 8
 """Recent runs below which runs drawn from the forecasts judge instead."""
@@ -186,3 +191,76 @@ class RollingStep:
                 )
             ]
         return tuple(sorted(runs, key=lambda run: (run.arrival_s, run.run_id)))
+
+
+class RollingPlanner:
+    """Takes step after step inside a simulation, each with the last plans as its hint.
+
+    Parameters
+    ----------
+    setup
+        What it plans.
+    step
+        How.
+    """
+
+    def __init__(self, setup: RollingPlanners, step: RollingStep) -> None:
+        self._setup = setup
+        self._step = step
+        self._hint: tuple[Plan, ...] = ()
+
+    def plan(self, seen: Seen) -> Replanned:
+        """Return the table if it may go live, and the measured seconds of the step."""
+        setup = self._setup
+        known = {str(workflow.content_hash) for workflow in setup.workflows}
+        started_s = time.perf_counter()
+        table = None
+        try:
+            rolled = self._step.take(
+                Snapshot(
+                    now_s=seen.now_s,
+                    fleet=setup.fleet,
+                    up=seen.up,
+                    workflows=setup.workflows,
+                    estimates=setup.estimates,
+                    rates_rps={k: rate for k, rate in seen.rates_rps.items() if k in known},
+                    latency={},
+                    active_runs={k: count for k, count in seen.active_runs.items() if k in known},
+                    horizon_s=setup.horizon_s,
+                ),
+                hint=self._hint,
+                incumbent=seen.table,
+                recent=seen.records,
+                timer=time.perf_counter,
+            )
+        except PlannerError:
+            pass  # as live: without a plan the old table stays
+        else:
+            self._hint = rolled.planned.plans
+            table = rolled.table if rolled.activation.activate else None
+        return Replanned(table=table, seconds=time.perf_counter() - started_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollingPlanners:
+    """Makes a fresh `RollingPlanner` for a seed; goes to other processes.
+
+    Parameters
+    ----------
+    fleet, workflows, estimates
+        What is planned.
+    horizon_s
+        How far each plan looks, > 0.
+    step
+        Its seed is replaced.
+    """
+
+    fleet: Fleet
+    workflows: tuple[Workflow, ...]
+    estimates: EstimateTable
+    horizon_s: float
+    step: RollingStep
+
+    def __call__(self, seed: int) -> RollingPlanner:
+        """Return a planner that knows nothing yet."""
+        return RollingPlanner(self, replace(self.step, seed=seed))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +19,7 @@ from planner.cli.compare import (
     simulate_setups,
     tune_setups,
 )
+from planner.cli.replan_options import add_step_arguments, step_from
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable, load_table, save_table
 from planner.domain.errors import InvalidInput
@@ -29,6 +30,7 @@ from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow, load_workflow, save_workflow
 from planner.sim.disturbance import Disturbance
 from planner.sim.experiment import World
+from planner.sim.horizon import Replan
 from planner.sim.kernel import ClosedLoop
 from planner.sim.retention import Fate, FixedRetention
 from planner.sim.workload import (
@@ -140,6 +142,18 @@ def register(subparsers: Any) -> None:
         "--disturb", action="append", default=[], metavar="KIND:WORKER:FROM:TO[:FACTOR]",
         help="slow, ramp or crash a worker from one second to another; may be repeated",
     )  # fmt: skip
+    rolling = parser.add_argument_group(
+        "re-planning", "policy almanac gets a new table on the way, as `almanac serve --replan`"
+    )
+    rolling.add_argument(
+        "--replan", type=float, metavar="S",
+        help="plan every S seconds, and when load or fleet change (default: never)",
+    )  # fmt: skip
+    rolling.add_argument(
+        "--planner-s", type=float, metavar="S",
+        help="seconds from state to table (default: as measured on this machine)",
+    )  # fmt: skip
+    add_step_arguments(rolling)
     add_comparison_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder for results.json, table and workflow")
     parser.add_argument("--keep-traces", action="store_true", help="also write every trace there")
@@ -200,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     results = simulate_setups(
         setups,
         {seed: workload(seed) for seed in range(args.seeds)},
-        world,
+        replace(world, replan=_replan(args, work, fleet)),
         title=f"{work.source} on fleet {fleet.name}, {args.arrivals} arrivals",
         settings={
             "fleet": fleet.name,
@@ -217,6 +231,7 @@ def run(args: argparse.Namespace) -> int:
             "noise_cv": args.noise_cv,
             "dispatch_ms_charged": args.dispatch_ms,
             "tuned": not args.no_tune,
+            **({} if args.replan is None else {"replan_s": args.replan}),
         },
         jobs=args.jobs,
         folder=args.out if args.keep_traces else None,
@@ -265,9 +280,28 @@ def _check(args: argparse.Namespace) -> None:
     at_least(
         args, runs=1, seeds=1, tuning_seeds=1, jobs=1, rate=1e-9, noise_cv=0, dispatch_ms=0,
         clients=1, think_s=0, burst_cv=1e-3, max_calls=1, max_prompt_tokens=1,
-        max_output_tokens=1, max_gap=0,
+        max_output_tokens=1, max_gap=0, replan=1e-9, planner_s=0,
     )  # fmt: skip
     out_folder(args.out, "--out")
+
+
+def _replan(args: argparse.Namespace, work: _Work, fleet: Fleet) -> Replan | None:
+    """Return the re-planning asked for; the planner believes the forecasts, not the truth."""
+    if args.replan is None:
+        return None
+    from planner.cli.rolling import RollingPlanners  # OR-Tools takes a second to load
+
+    return Replan(
+        period_s=args.replan,
+        planner_s=args.planner_s,
+        planner=RollingPlanners(
+            fleet=fleet,
+            workflows=(work.workflow,),
+            estimates=work.estimates,
+            horizon_s=args.replan,
+            step=step_from(args),
+        ),
+    )
 
 
 def _retention(text: str) -> FixedRetention | None:
