@@ -21,6 +21,12 @@ Optional declarations refine what is otherwise learned from runs::
     @almanac.branch(outcomes=["quick", {"legal", "market"}])
     def route(state): ...
 
+Without a gateway, the router runs in this process and requests go straight to the endpoints::
+
+    with almanac.embed("fleet.yaml", policy="least_expected_finish") as router:
+        chat = ChatOpenAI(model="llama-3.1-8b", **router.openai_client_kwargs())
+        app = almanac.instrument(graph.compile(), gateway=router)
+
 Importing this module loads nothing; each name is loaded on first use.
 """
 
@@ -33,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runtime.embedded import embed
     from runtime.langgraph.declare import branch, llm_call, tool_call
     from runtime.langgraph.identity import openai_client_kwargs, request_hook
     from runtime.langgraph.instrument import instrument
@@ -41,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "branch",
+    "embed",
     "instrument",
     "llm_call",
     "openai_client_kwargs",
@@ -51,22 +59,26 @@ __all__ = [
 ]
 
 _HOME = {
-    "branch": "declare",
-    "instrument": "instrument",
-    "llm_call": "declare",
-    "openai_client_kwargs": "identity",
-    "request_hook": "identity",
-    "run": "settings",
-    "tool_call": "declare",
-    "workflow_ir": "ir",
+    "branch": "runtime.langgraph.declare",
+    "embed": "runtime.embedded",
+    "instrument": "runtime.langgraph.instrument",
+    "llm_call": "runtime.langgraph.declare",
+    "openai_client_kwargs": "runtime.langgraph.identity",
+    "request_hook": "runtime.langgraph.identity",
+    "run": "runtime.langgraph.settings",
+    "tool_call": "runtime.langgraph.declare",
+    "workflow_ir": "runtime.langgraph.ir",
 }
+_NEEDS_PLANNER = {"embed"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'almanac' has no attribute {name!r}")
-    _refuse_shadow()
-    value = getattr(importlib.import_module(f"runtime.langgraph.{_HOME[name]}"), name)
+    _refuse_shadow("runtime")
+    if name in _NEEDS_PLANNER:
+        _refuse_shadow("planner")
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
@@ -75,18 +87,18 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _refuse_shadow() -> None:
-    """Raise ImportError if ``runtime`` is not the package beside this file."""
-    ours = Path(__file__).resolve().parent / "runtime"
-    loaded = sys.modules.get("runtime")
-    spec = importlib.util.find_spec("runtime") if loaded is None else loaded.__spec__
+def _refuse_shadow(package: str) -> None:
+    """Raise ImportError if a package is not the one beside this file."""
+    ours = Path(__file__).resolve().parent / package
+    loaded = sys.modules.get(package)
+    spec = importlib.util.find_spec(package) if loaded is None else loaded.__spec__
     if spec is None:
         return  # the import that follows says so
     places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
     if not any(Path(place).resolve().is_relative_to(ours) for place in places):
         raise ImportError(
-            f"{places[0]} shadows Almanac's package 'runtime' ({ours}); rename that module, or put "
-            "Almanac's folder before it on sys.path",
-            name="runtime",
+            f"{places[0]} shadows Almanac's package {package!r} ({ours}); rename that module, or "
+            "put Almanac's folder before it on sys.path",
+            name=package,
             path=str(places[0]),
         )

@@ -30,7 +30,8 @@ from __future__ import annotations
 import logging
 import string
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -127,7 +128,11 @@ async def async_request_hook(request: _Request) -> None:
     request_hook(request)
 
 
-def openai_client_kwargs(gateway_headers: bool = True) -> dict[str, Any]:
+def openai_client_kwargs(
+    gateway_headers: bool = True,
+    *,
+    transports: Callable[[ModuleType], tuple[Any, Any]] | None = None,
+) -> dict[str, Any]:
     """Return ``http_client`` and ``http_async_client`` for ``ChatOpenAI``, with the hooks set.
 
     The clients are those the installed OpenAI package prefers, with its time-outs, and without a
@@ -137,6 +142,9 @@ def openai_client_kwargs(gateway_headers: bool = True) -> dict[str, Any]:
     ----------
     gateway_headers
         False returns nothing, so that a switch in the caller's settings can turn this off.
+    transports
+        Makes a sync and an async transport of the HTTP library given, to be used in place of the
+        network; None for the network.
 
     Raises
     ------
@@ -150,12 +158,15 @@ def openai_client_kwargs(gateway_headers: bool = True) -> dict[str, Any]:
     # openai < 3 is built on httpx, openai >= 3 on httpx2, which has the same interface.
     library = sys.modules[openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0]]
     limits = library.Limits(max_connections=None, max_keepalive_connections=None)
+    sync, asynchronous = (None, None) if transports is None else transports(library)
     return {
         "http_client": openai.DefaultHttpxClient(
-            limits=limits, event_hooks={"request": [request_hook]}
+            limits=limits, transport=sync, event_hooks={"request": [request_hook]}
         ),
         "http_async_client": openai.DefaultAsyncHttpxClient(
-            limits=limits, event_hooks={"request": [async_request_hook]}
+            limits=limits,
+            transport=asynchronous,
+            event_hooks={"request": [async_request_hook]},
         ),
     }
 
