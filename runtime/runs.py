@@ -1,14 +1,15 @@
 """The runs in progress: when each arrived, what it did, and the records of what it did.
 
 A run starts with its first call or its ``run_start`` event, whichever comes first, and ends with
-``run_end`` or, for programs that never say goodbye, when nothing came for a while. Events are
-sent on the side and may overtake calls, so a run that has ended stays remembered for a time and
-is not started again by a late call.
+``run_end`` or, for programs that never say goodbye, when nothing came for as long as
+`runtime.endings` allows. Events are sent on the side and may overtake calls, so a run that was
+said to end stays remembered for a time and is not started again by a late call.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from planner.domain.trace import BranchRecord, RunRecord, ToolRecord
@@ -31,8 +32,18 @@ class Run:
         Calls seen, retries of the gateway not counted.
     open_calls
         Calls that have not ended.
+    admitted
+        Whether one of its calls was let in.
     last_s
         When something was last heard of it.
+    tenant
+        Whose it is.
+    parent_id
+        Run that started it, or an empty string.
+    source
+        How it was recognised, see `runtime.identity.Identity`.
+    node, visit
+        What the last call came from, as far as it is known.
     """
 
     run_id: str
@@ -45,6 +56,12 @@ class Run:
     forecast_s: float | None = None
     calls: int = 0
     open_calls: int = 0
+    admitted: bool = False
+    tenant: str = "default"
+    parent_id: str = ""
+    source: str = "run"
+    node: str = ""
+    visit: int = 0
     tools: dict[tuple[str, int], float] = field(default_factory=dict)
 
 
@@ -59,8 +76,25 @@ class RunBook:
         return len(self._runs)
 
     def find(self, run_id: str) -> Run | None:
-        """Return a run that is in progress or ended a short while ago."""
+        """Return a run that is in progress, or that was said to end a short while ago.
+
+        One that only fell silent is not found: what comes after is a new run of that name.
+        """
         return self._runs.get(run_id) or self._ended.get(run_id)
+
+    def active(self) -> tuple[Run, ...]:
+        """Return the runs in progress, in order of their start."""
+        return tuple(self._runs.values())
+
+    def below(self, run_id: str) -> list[Run]:
+        """Return the runs in progress that a run started, directly or not."""
+        found: list[Run] = []
+        above = {run_id}
+        for run in self._runs.values():  # a parent starts before its children
+            if run.parent_id in above:
+                above.add(run.run_id)
+                found.append(run)
+        return found
 
     def forget_ended(self) -> None:
         """Stop remembering ended runs, so that their ids may be used again."""
@@ -94,14 +128,23 @@ class RunBook:
             calls=run.calls,
         )
 
-    def expire(self, now_s: float, idle_s: float) -> list[RunRecord]:
-        """End the runs of which nothing was heard for ``idle_s``, as of when it was."""
+    def expire(self, now_s: float, patience_s: Callable[[Run], float] | float) -> list[RunRecord]:
+        """End the runs that were silent for longer than their patience, as of when they were heard.
+
+        A run is not silent while a run it started goes on.
+        """
+        allowed = patience_s if callable(patience_s) else lambda _run: patience_s
+        parents = {run.parent_id for run in self._runs.values()}
         idle = [
             run
             for run in self._runs.values()
-            if run.open_calls == 0 and now_s - run.last_s > idle_s
+            if run.open_calls == 0
+            and run.run_id not in parents
+            and now_s - run.last_s > allowed(run)
         ]
         records = [self.end(run.run_id, run.last_s, "ok") for run in idle]
+        for run in idle:
+            self._ended.pop(run.run_id, None)
         return [record for record in records if record is not None]
 
     def tool_started(self, run: Run, node: str, visit: int, now_s: float) -> None:
