@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from runtime.limits import Limits, Rate, Tenant
+from runtime.metrics import GatewayMetrics
 from runtime.wire import ApiError
 
 __all__ = ["Admission", "Asked", "Pass", "Throughput"]
@@ -281,6 +282,13 @@ class Admission:
                 for name, one in self._accounts.items()
             },
         }
+
+    def gauge(self, metrics: GatewayMetrics) -> None:
+        """Set the gauges of all tenants."""
+        for name, one in self._accounts.items():
+            metrics.tenant_service.set(one.service_s, name)
+            metrics.tenant_queue.set(one.waiting, name)
+        metrics.fairness.set(self.fairness())
 
     # Inside
 

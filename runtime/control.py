@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,26 @@ from planner.domain.calibration import QuantileTracker
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
+from planner.domain.ids import EndpointId
 from planner.domain.trace import CallRecord, TraceRecord
 from planner.domain.workflow import START, Workflow
 from planner.graph.sampling import scenarios
+from runtime.admission import Admission
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.dispatcher import Dispatcher, Moved, Ticket
 from runtime.fingerprint import TokenScale
 from runtime.fleets import FleetChange, merge, present
+from runtime.guard import Guard, Patience
 from runtime.health import Breaker
 from runtime.identity import Identity
+from runtime.limits import ANYONE, Limits, Tenancy, Tenant
 from runtime.metrics import GatewayMetrics
 from runtime.recent import RecentWork
 from runtime.runs import Run, RunBook
 from runtime.traces import TraceWriter
 
-__all__ = ["Control"]
+__all__ = ["Control", "limits_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +78,8 @@ class Control:
         Settings.
     clock
         Made from the dilation if None.
+    tenancy
+        Tells tenants apart; None takes everybody as one.
 
     Raises
     ------
@@ -91,6 +97,7 @@ class Control:
         table: DispatchTable | None = None,
         config: GatewayConfig | None = None,
         clock: Clock | None = None,
+        tenancy: Tenancy | None = None,
     ) -> None:
         _check_addresses(fleet)
         self.fleet = fleet
@@ -101,10 +108,12 @@ class Control:
         self.metrics = GatewayMetrics()
         self.scale = TokenScale()
         self.runs = RunBook()
-        self.breakers = [
-            Breaker(failures=self.config.breaker_failures, pause_s=self.config.breaker_pause_s)
-            for _ in fleet.endpoints
-        ]
+        self.tenancy: Tenancy = tenancy or _Everybody()
+        self.admission = Admission(
+            limits_of(self.config), now_s=time.monotonic, refused=self.metrics.rejections.inc
+        )
+        self.guard = Guard(fleet.endpoints, self.config, self.clock, self.metrics)
+        self.guard.switch = self
         self._forecaster = Forecaster(estimates or EstimateTable(), seed=self.config.seed)
         self._workflows: dict[str, Workflow] = {}
         self._by_name: dict[str, Workflow] = {}
@@ -132,10 +141,15 @@ class Control:
         return self._dispatcher.router
 
     @property
+    def breakers(self) -> Sequence[Breaker]:
+        """The state of each endpoint, in fleet order."""
+        return self.guard.health.breakers
+
+    @property
     def ready(self) -> bool:
         """Whether at least one endpoint is up."""
         return any(
-            not breaker.down and index not in self.absent
+            breaker.takes_calls and index not in self.absent
             for index, breaker in enumerate(self.breakers)
         )
 
@@ -199,11 +213,10 @@ class Control:
         """
         _check_addresses(wanted)
         change = merge(self.fleet, self.absent, wanted)
-        known = len(self.fleet.endpoints)
         self.fleet, self.absent = change.fleet, change.absent
         here = present(change.fleet, change.absent).endpoints
         self.models = tuple(dict.fromkeys(endpoint.model for endpoint in here))
-        self._add_places([endpoint.model for endpoint in change.fleet.endpoints[known:]])
+        self.guard.refit(change.fleet.endpoints)
         self.router.refit(change.fleet)
         for index in change.left:
             self._dispatcher.endpoint_down(index)
@@ -218,7 +231,7 @@ class Control:
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Go on with other settings; those read at the start only stay as they were."""
-        self.config = config
+        self.config = self.guard.config = config
 
     def set_trace(self, path: Path | None, **header: Any) -> None:
         """Close the trace in use, if any, and open another one, if any.
@@ -275,10 +288,15 @@ class Control:
     async def place(self, call: Call, exclude: frozenset[int], attempt: int) -> Ticket:
         """Return a ticket for an attempt; see `Dispatcher.place`."""
         while True:
+            aside, trial = self._aside(call, exclude)
             try:
-                ticket = await self._dispatcher.place(call, exclude, attempt)
+                ticket = await self._dispatcher.place(call, aside, attempt)
             except Moved:
                 continue
+            finally:
+                # Its end will say how it went; where it is not sent after all, nothing will.
+                if trial is not None and not self.router.on(call.call_id, trial):
+                    self.breakers[trial].end_trial()
             send = ticket.send
             endpoint_id = self.fleet.endpoints[send.endpoint].id
             self.metrics.decisions.inc(self.router.policy.name, send.reason)
@@ -287,9 +305,48 @@ class Control:
                 self.recent.decided(covered=send.reason != "fallback")
             return ticket
 
-    def others(self, model: str | None, exclude: frozenset[int]) -> bool:
-        """Return whether an endpoint is left that is up and not excluded."""
-        return bool(self.router.view.candidates(model, exclude))
+    def _aside(self, call: Call, exclude: frozenset[int]) -> tuple[frozenset[int], int | None]:
+        """Return the endpoints a call may not go to, and the one it has to try, if any."""
+        spared = self.guard.health.spared(call.model) - self.absent
+        if not spared:
+            return exclude, None
+        if not exclude and (trial := self.guard.health.trial(spared)) is not None:
+            others = frozenset(range(len(self.fleet.endpoints))) - {trial}
+            if self.router.servable(call, others):
+                self.breakers[trial].begin_trial()
+                return others, trial
+        # Where nobody else can take it, one on trial is better than none.
+        aside = exclude | spared
+        return (aside if self.router.servable(call, aside) else exclude), None
+
+    def patience(
+        self, ticket: Ticket, *, streams: bool, attempt: int, exclude: frozenset[int]
+    ) -> Patience:
+        """Return how long an attempt just decided is waited for."""
+        beyond = exclude | {ticket.send.endpoint}
+        return self.guard.patience(
+            ticket,
+            self.router,
+            streams=streams,
+            attempt=attempt,
+            last=attempt >= self.config.retries,
+            elsewhere=lambda: self.others(ticket.call, beyond),
+        )
+
+    def others(self, call: Call, exclude: frozenset[int]) -> bool:
+        """Return whether an endpoint that is up and not excluded could take a call."""
+        return self.router.servable(call, exclude)
+
+    def service_s(self, call: Call) -> float:
+        """Return the engine seconds of service a call is expected to need, alone on an endpoint."""
+        output_tokens = self.router.forecaster.of(call).output_tokens
+        context = call.prompt_tokens + output_tokens / 2
+        return min(
+            state.latency.prefill_s(call.prompt_tokens)
+            + output_tokens * state.latency.decode_step_s(1, context)
+            for state in self.router.view.states
+            if call.model is None or state.endpoint.model == call.model
+        )
 
     def room_tokens(self, model: str | None) -> int:
         """Return the longest sequence an endpoint of the model can hold, be it up or down."""
@@ -405,52 +462,75 @@ class Control:
 
     # Endpoints
 
-    def endpoint_ok(self, index: int) -> None:
-        """Note a good answer of an endpoint."""
-        self.breakers[index].success()
-
     def endpoint_failed(self, index: int, reason: str, *, unreachable: bool = False) -> None:
         """Note a failure of an endpoint; it may go down by it."""
-        if self.breakers[index].failure(time.monotonic(), unreachable=unreachable):
-            self._dispatcher.endpoint_down(index)
-            _log.warning(
-                "endpoint down",
-                extra={"endpoint": self.fleet.endpoints[index].id, "reason": reason},
-            )
+        self.guard.failed(index, reason, unreachable=unreachable)
+
+    def endpoint_refused(self, index: int) -> None:
+        """Note that an endpoint was too busy to take a call."""
+        self.guard.refused(index)
 
     def endpoint_recovered(self, index: int) -> None:
-        """Note a good probe of an endpoint that was down."""
-        breaker = self.breakers[index]
-        if breaker.down and index not in self.absent:
-            breaker.recovered()
-            self._dispatcher.endpoint_up(index, cold=breaker.cold)
-            _log.info("endpoint up", extra={"endpoint": self.fleet.endpoints[index].id})
+        """Take somebody's word that an endpoint is well again; calls will tell."""
+        if index not in self.absent:
+            self.guard.recovered(index)
+
+    def endpoint_probed(self, index: int, *, well: bool, boot_s: float | None = None) -> None:
+        """Note what a health check said; see `Guard.probed`."""
+        if index not in self.absent:
+            self.guard.probed(index, well=well, boot_s=boot_s)
+
+    def drain(self, index: int) -> None:
+        """Send no new call to an endpoint; those it has go on."""
+        self.guard.drain(index)
+
+    def undrain(self, index: int) -> None:
+        """Take a drain back."""
+        if index not in self.absent:
+            self.guard.undrain(index)
 
     def to_probe(self) -> list[int]:
-        """Return the endpoints that are down and may be probed now."""
-        now_s = time.monotonic()
-        return [
-            i
-            for i, breaker in enumerate(self.breakers)
-            if breaker.may_probe(now_s) and i not in self.absent
-        ]
+        """Return the endpoints whose health is to be looked at now."""
+        return [index for index in self.guard.to_probe() if index not in self.absent]
 
-    def retry_after_s(self) -> float:
-        """Return when a refused client may try again: the next probe of an endpoint."""
-        now_s = time.monotonic()
-        soonest = min(breaker.pause_left_s(now_s) for breaker in self.breakers)
-        return soonest + self.config.probe_interval_s
+    def retry_after_s(self, model: str | None = None) -> float:
+        """Return when a refused client may try again.
+
+        That is when an endpoint may be back, and has served those who wait already.
+        """
+        here = [i for i in range(len(self.fleet.endpoints)) if i not in self.absent]
+        waiting = self.router.held + self.admission.waiting
+        return (
+            self.guard.up_in_s(model, here)
+            + self.config.probe_interval_s
+            + (self.admission.throughput.wait_s(waiting, time.monotonic()) if waiting else 0.0)
+        )
+
+    def endpoint_down(self, index: int) -> None:
+        """Tell the router; see `runtime.guard.Switch`."""
+        self._dispatcher.endpoint_down(index)
+
+    def endpoint_up(self, index: int, *, cold: bool) -> None:
+        """Tell the router; see `runtime.guard.Switch`."""
+        if index not in self.absent:
+            self._dispatcher.endpoint_up(index, cold=cold)
+
+    def move_held(self) -> None:
+        """Place every held call anew; see `runtime.guard.Switch`."""
+        self._dispatcher.move_held()
 
     # Views
 
     def metrics_text(self) -> str:
         """Return the Prometheus exposition."""
         learner = self.router.learner
+        self.guard.gauge()
+        self.admission.gauge(self.metrics)
         if self._table is not None:
             self.metrics.table_age.set(self.clock.now_s() - self._table_since_s)
         return self.metrics.render(
             self.router.view,
-            held=self.router.held,
+            held=self.router.held + self.admission.waiting,
             runs=len(self.runs),
             learned=learner.rows if learner else (),
         )
@@ -473,6 +553,7 @@ class Control:
             "trace": str(self._trace.path) if self._trace else None,
             "in_flight": self.router.in_flight,
             "held": self.router.held,
+            "admission": self.admission.to_json(),
             "runs_active": len(self.runs),
             "workflows": {key: one.name for key, one in self._workflows.items()},
             "forecast": self._errors.to_json(),
@@ -484,6 +565,7 @@ class Control:
                     "url": state.endpoint.url,
                     "model": state.endpoint.model,
                     "up": state.healthy,
+                    "health": self.guard.to_json(state.index),
                     "in_flight": state.in_flight,
                     "decoding": state.decoding,
                     "prefill_tokens": round(state.prefill_tokens, 1),
@@ -528,7 +610,7 @@ class Control:
             hold_timeout_s=self.config.hold_timeout_s,
         )
         for index, breaker in enumerate(self.breakers):
-            if breaker.down or index in self.absent:
+            if not breaker.takes_calls or index in self.absent:
                 dispatcher.endpoint_down(index)
         return dispatcher
 
@@ -548,16 +630,14 @@ class Control:
             self.router.policy.table = self._table
             self._dispatcher.table_version = self._table_version
 
-    def _add_places(self, models: Sequence[str]) -> None:
-        self.breakers.extend(
-            Breaker(failures=self.config.breaker_failures, pause_s=self.config.breaker_pause_s)
-            for _ in models
-        )
-
     def _ended(self, record: CallRecord) -> None:
         self.metrics.outcomes.inc(record.endpoint, record.status)
+        index = self.fleet.index_of(EndpointId(record.endpoint))
         if record.status == "ok":
             self._errors.add(record)
+            self.guard.succeeded(index, record, self.router)
+        else:
+            self.breakers[index].end_trial()
         self._write(record)
 
     def _tell(self, event: Event) -> None:
@@ -604,6 +684,23 @@ def _check_addresses(fleet: Fleet) -> None:
                 where=f"workers[{position}].url",
                 remedy="add url: http://host:port",
             )
+
+
+class _Everybody:
+    """The tenancy of a gateway without keys."""
+
+    def of(self, _headers: Mapping[str, str]) -> Tenant:
+        return ANYONE
+
+
+def limits_of(config: GatewayConfig) -> Limits:
+    """Return the gateway's own limits."""
+    return Limits(
+        max_in_flight=config.max_in_flight,
+        queue_limit=config.queue_limit,
+        queue_timeout_s=config.queue_timeout_s,
+        ageing_s=config.ageing_s,
+    )
 
 
 def _median() -> Kept:

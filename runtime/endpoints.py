@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -11,10 +12,16 @@ from yarl import URL
 
 from planner.domain.fleet import Endpoint
 from runtime.forwarding import EndpointBroken, EndpointUnreachable
+from runtime.timeouts import LearnedLimit
 
 __all__ = ["EndpointLink", "UpstreamAnswer"]
 
 _PROBE = aiohttp.ClientTimeout(total=2.0)
+_CONNECT_FLOOR_S = 0.5
+"""Least limit on a connect: a full accept queue costs a second packet."""
+_CONNECTS_KNOWN = 5
+"""Connects after which their limit is learned."""
+_BOOTED = re.compile(rb"^process_start_time_seconds(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 _KEPT_BACK = frozenset(
     {
         "connection", "content-length", "date", "keep-alive", "proxy-authenticate", "server",
@@ -45,7 +52,7 @@ class UpstreamAnswer:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointBroken(type(error).__name__) from error
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         """Yield bytes as they come from the socket."""
         content = self._response.content
         try:
@@ -76,16 +83,22 @@ class EndpointLink:
     endpoint
         With an address.
     session
-        Shared; closed by its owner.
+        Shared; closed by its owner. Its connects are timed if it was made by
+        `runtime.transport.open_session`.
     """
 
-    __slots__ = ("_session", "_url", "_urls", "endpoint")
+    __slots__ = ("_connect", "_session", "_url", "_urls", "endpoint")
 
     def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
         assert endpoint.url is not None  # noqa: S101 - checked by Control
         self.endpoint = endpoint
         self._url = URL(endpoint.url)
         self._session = session
+        self._connect = LearnedLimit(
+            multiple=3.0,
+            floor_s=_CONNECT_FLOOR_S,
+            cap_s=session.timeout.sock_connect or float("inf"),
+        )
         self._urls: dict[str, URL] = {}  # by route; making one takes as long as a decision
 
     async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> UpstreamAnswer:
@@ -95,13 +108,42 @@ class EndpointLink:
             url = self._urls[path] = self._url.with_path(path)
         try:
             response = await self._session.post(
-                url, data=body, headers=headers, allow_redirects=False
+                url,
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._timeout(),
+                trace_request_ctx=self.connected,
             )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        except aiohttp.ClientConnectorError as error:
             raise EndpointUnreachable(type(error).__name__) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointBroken(type(error).__name__) from error
         return UpstreamAnswer(response)
+
+    def connected(self, seconds: float) -> None:
+        """Learn how long a connect took, wall seconds."""
+        self._connect.learn(0.0, seconds)
+
+    def _timeout(self) -> aiohttp.ClientTimeout:
+        """Return the session's limits, with that on a connect as learned."""
+        usual = self._session.timeout
+        if self._connect.seen < _CONNECTS_KNOWN:
+            return usual
+        return aiohttp.ClientTimeout(
+            total=usual.total, sock_read=usual.sock_read, sock_connect=self._connect.of(0.0)
+        )
+
+    async def booted_s(self) -> float | None:
+        """Return when its process started, by its own clock; None if ``/metrics`` does not say."""
+        try:
+            async with self._session.get(
+                self._url.with_path("/metrics"), timeout=_PROBE, allow_redirects=False
+            ) as response:
+                found = _BOOTED.search(await response.read()) if response.status == 200 else None
+            return float(found.group(1)) if found else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
 
     async def healthy(self) -> bool:
         """Return whether ``GET /health`` answers 200 within two seconds."""

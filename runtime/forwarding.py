@@ -3,9 +3,14 @@
 Rules
 -----
 * Until a byte of the answer went to the client, a failed attempt is tried again elsewhere: a
-  refused connect, a broken answer, an answer of 5xx. After that the client gets the error event of
-  the API, never a second answer.
-* Answers of 4xx are the client's affair; they are passed on and count against nobody.
+  refused connect, a broken answer, an answer of 5xx or 429, a first byte that is overdue. After
+  that the client gets the error event of the API, never a second answer.
+* Other answers of 4xx are the client's affair; they are passed on and count against nobody. An
+  answer of 5xx counts against its endpoint once another one has answered the same call: a call
+  that fails everywhere is at fault itself.
+* An endpoint that falls silent in the middle of an answer is given up after a time limit, too.
+* Where hedging is on, a late call is sent to a second endpoint; the first to answer is passed on,
+  the other attempt cancelled.
 * Each attempt is a call of its own for the router, and its ticket is settled whatever happens. A
   client that leaves cancels the attempt, which closes the connection to the endpoint.
 
@@ -14,11 +19,13 @@ No HTTP library here: both sides are protocols, so tests need no sockets.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -26,11 +33,15 @@ from uuid import uuid4
 
 from planner.dispatch.events import Call
 from planner.domain.errors import EndpointFailed, NoEndpointAvailable
+from runtime.admission import Asked, Pass
 from runtime.control import Control
 from runtime.dispatcher import Ticket
 from runtime.fingerprint import Prompt, read_prompt
+from runtime.guard import Patience
 from runtime.identity import identify
+from runtime.limits import Tenant
 from runtime.runs import Run
+from runtime.timeouts import Watch
 from runtime.wire import DONE, ApiError, SseTap, Usage, error_body, read_usage, sse, with_fields
 
 __all__ = [
@@ -73,7 +84,7 @@ class Upstream(Protocol):
         """Return the whole body, or raise `EndpointBroken`."""
         ...
 
-    def chunks(self) -> AsyncIterator[bytes]:
+    def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the body as it comes, or raise `EndpointBroken`."""
         ...
 
@@ -132,11 +143,57 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Failed:
-    """An attempt that may be tried again; ``answer`` is what the endpoint said, if anything."""
+    """An attempt that may be tried again.
 
-    reason: str
-    unreachable: bool = False
+    Parameters
+    ----------
+    index
+        Where it failed.
+    kind
+        In a word, for metrics: ``connect``, ``broken``, ``late`` or ``http_<status>``.
+    detail
+        For logs and the client.
+    answer
+        What the endpoint said, if anything.
+    """
+
+    index: int
+    kind: str
+    detail: str = ""
     answer: Answer | None = None
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind}: {self.detail}" if self.detail else self.kind
+
+
+@dataclass(slots=True, kw_only=True)
+class _Begun:
+    """An attempt whose first byte is here: nothing is tried again any more.
+
+    A whole answer has ``answer``; a stream has ``chunks``, a ``tap`` and its first ``events``.
+    ``held`` gives back the connection and the ticket.
+    """
+
+    ticket: Ticket
+    status: int
+    headers: Mapping[str, str]
+    patience: Patience
+    held: contextlib.AsyncExitStack
+    answer: Answer | None = None
+    chunks: AsyncGenerator[bytes] | None = None
+    tap: SseTap | None = None
+    events: bytes = b""
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What was tried so far for one call."""
+
+    sent: int = 0
+    exclude: frozenset[int] = frozenset()
+    suspects: list[_Failed] = field(default_factory=list)
+    last: _Failed | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,11 +269,12 @@ class Forwarder:
         model = ""
         status = "499"  # nobody there any more to get an answer
         try:
+            tenant = control.tenancy.of(headers)
             payload = _parse(body)
             asked = _model(payload, control.models)
             model = asked or control.models[0]
             request = self._request(path, body, payload, headers, passed_on, asked, started)
-            answer, code = await self._serve(request, headers, downstream)
+            answer, code = await self._serve(request, tenant, headers, downstream)
             status = str(code)
         except ApiError as error:
             status = str(error.status)
@@ -263,7 +321,11 @@ class Forwarder:
         )
 
     async def _serve(
-        self, request: _Request, headers: Mapping[str, str], downstream: Downstream
+        self,
+        request: _Request,
+        tenant: Tenant,
+        headers: Mapping[str, str],
+        downstream: Downstream,
     ) -> tuple[Answer | None, int]:
         control = self._control
         ready_s = control.clock.now_s()
@@ -294,8 +356,18 @@ class Forwarder:
                 max_tokens=max_tokens,
                 session_id=run.session_id,
                 model=request.model,
+                tenant=tenant.name,
             )
-            return await self._attempts(request, call, identity.attempt, downstream)
+            asked = Asked(
+                tenant=tenant,
+                begun=run.admitted,
+                service_s=control.service_s(call),
+                tokens=tokens + control.router.forecaster.of(call).output_tokens,
+                priority=tenant.priority,
+            )
+            with await control.admission.enter(asked) as admitted:
+                run.admitted = True
+                return await self._attempts(request, call, identity.attempt, admitted, downstream)
         finally:
             run.open_calls -= 1
             run.last_s = control.clock.now_s()
@@ -307,138 +379,305 @@ class Forwarder:
             self._control.end_run(run.run_id)
 
     async def _attempts(
-        self, request: _Request, call: Call, client_attempt: int, downstream: Downstream
+        self,
+        request: _Request,
+        call: Call,
+        client_attempt: int,
+        admitted: Pass,
+        downstream: Downstream,
     ) -> tuple[Answer | None, int]:
         control = self._control
-        exclude: frozenset[int] = frozenset()
-        for attempt in count():
-            # The router knows each attempt as a call of its own.
-            tried = call if attempt == 0 else replace(call, call_id=f"{call.call_id}.{attempt}")
+        tries = _Tries()
+        while True:
             try:
-                ticket = await control.place(tried, exclude, client_attempt + attempt)
+                ticket = await self._place(request, call, client_attempt, admitted, tries)
             except NoEndpointAvailable as error:
                 raise ApiError(
-                    503, f"{error}. Try again later.", retry_after_s=control.retry_after_s()
+                    503,
+                    f"{error}. Try again later.",
+                    retry_after_s=control.retry_after_s(call.model),
+                    reason="no_endpoint",
                 ) from error
-            if attempt == 0:
-                control.metrics.overhead.observe(time.perf_counter() - request.started)
-            index = ticket.send.endpoint
             with ticket:
-                outcome = await self._attempt(request, ticket, attempt + 1, downstream)
-            if not isinstance(outcome, _Failed):
-                return outcome
-            endpoint_id = control.fleet.endpoints[index].id
-            _log.info(
-                "attempt failed",
-                extra={"call": tried.call_id, "endpoint": endpoint_id, "reason": outcome.reason},
-            )
-            if outcome.reason != "http_503":  # an endpoint that is full is not broken
-                control.endpoint_failed(index, outcome.reason, unreachable=outcome.unreachable)
-            exclude |= {index}
-            elsewhere = control.others(request.model, exclude)
-            again = attempt < control.config.retries
-            if outcome.answer is not None and not (again and elsewhere):
-                return outcome.answer, outcome.answer.status
+                begun = await self._begin(request, call, client_attempt, ticket, tries)
+                if begun is not None:
+                    async with begun.held:
+                        for suspect in tries.suspects:
+                            # Another endpoint could do it, so it was not the call's fault.
+                            control.endpoint_failed(suspect.index, suspect.reason)
+                        return await self._pass_on(request, begun, tries, admitted, downstream)
+            failed = tries.last
+            assert failed is not None  # noqa: S101 - nothing began, so something failed
+            elsewhere = control.others(call, tries.exclude)
+            again = tries.sent <= control.config.retries
+            if failed.answer is not None and not (again and elsewhere):
+                return failed.answer, failed.answer.status
             if not again:
                 raise ApiError(
-                    502, f"No endpoint answered in {attempt + 1} attempts ({outcome.reason})."
+                    502, f"No endpoint answered in {tries.sent} attempts ({failed.reason})."
                 )
             if not elsewhere:
                 # All have failed: go by health alone, and wait if nothing is up.
-                exclude = frozenset()
-            control.metrics.retries.inc(endpoint_id)
-        raise AssertionError("unreachable")
+                tries.exclude = frozenset()
+            control.metrics.retries.inc(control.fleet.endpoints[failed.index].id, failed.kind)
 
-    async def _attempt(
-        self, request: _Request, ticket: Ticket, attempts: int, downstream: Downstream
-    ) -> tuple[Answer | None, int] | _Failed:
-        """Send one attempt and relay its answer; settles the ticket unless the client leaves."""
+    async def _place(
+        self, request: _Request, call: Call, client_attempt: int, admitted: Pass, tries: _Tries
+    ) -> Ticket:
+        """Return a ticket for the next attempt."""
+        control, attempt = self._control, tries.sent
+        tries.sent += 1
+        # The router knows each attempt as a call of its own.
+        tried = call if attempt == 0 else replace(call, call_id=f"{call.call_id}.{attempt}")
+        began = time.perf_counter()
+        ticket = await control.place(tried, tries.exclude, client_attempt + attempt)
+        if attempt == 0:
+            waited_s = admitted.waited_s + time.perf_counter() - began
+            control.metrics.queue_wait.observe(waited_s)
+            decision_s = ticket.decision_us * 1e-6
+            reading_s = began - request.started - admitted.waited_s
+            control.metrics.overhead.observe(reading_s + decision_s)
+        return ticket
+
+    async def _begin(
+        self, request: _Request, call: Call, client_attempt: int, ticket: Ticket, tries: _Tries
+    ) -> _Begun | None:
+        """Return the attempt whose answer has begun, or None if there is none; see ``tries``."""
         control = self._control
+        patience = control.patience(
+            ticket, streams=request.stream, attempt=tries.sent - 1, exclude=tries.exclude
+        )
+        if not (request.stream and control.guard.hedges.share):
+            return await self._open(request, ticket, patience, tries)
+        first = asyncio.create_task(self._open(request, ticket, patience, tries))
+        tasks = [first]
+        begun: _Begun | None = None
+        try:
+            await asyncio.wait(tasks, timeout=patience.hedge_s)
+            beyond = tries.exclude | {ticket.send.endpoint}
+            if not first.done() and control.others(call, beyond) and control.guard.hedges.spend():
+                hedge = self._hedge(request, call, client_attempt, beyond, tries)
+                tasks.append(asyncio.create_task(hedge))
+            winner = await _first_of(tasks)
+            await _call_off(tasks, winner)
+            begun = winner
+        finally:
+            if begun is None:  # also where the client left in between
+                await asyncio.shield(_call_off(tasks, None))
+        if len(tasks) > 1:
+            won = begun is not None and begun.ticket is not ticket
+            control.metrics.hedges.inc("won" if won else "lost")
+        return begun
+
+    async def _hedge(
+        self,
+        request: _Request,
+        call: Call,
+        client_attempt: int,
+        exclude: frozenset[int],
+        tries: _Tries,
+    ) -> _Begun | None:
+        """Send a late call to another endpoint, too."""
+        control, attempt = self._control, tries.sent
+        tries.sent += 1
+        second = replace(call, call_id=f"{call.call_id}.{attempt}")
+        try:
+            ticket = await control.place(second, exclude, client_attempt + attempt)
+        except NoEndpointAvailable:
+            return None
+        with contextlib.ExitStack() as held:
+            held.enter_context(ticket)
+            patience = control.patience(ticket, streams=True, attempt=attempt, exclude=exclude)
+            begun = await self._open(request, ticket, patience, tries)
+            if begun is not None:
+                held.pop_all()
+            return begun
+
+    async def _open(
+        self, request: _Request, ticket: Ticket, patience: Patience, tries: _Tries
+    ) -> _Begun | None:
+        """Send an attempt and wait for its first byte; None if it failed, see ``tries``."""
+        async with contextlib.AsyncExitStack() as held:
+            held.enter_context(ticket)
+            outcome = await self._first(request, ticket, patience, held)
+            if isinstance(outcome, _Begun):
+                patience.begun()
+                outcome.held = held.pop_all()
+                return outcome
+        self._note(outcome, ticket.call.call_id, tries)
+        return None
+
+    def _note(self, failed: _Failed, call_id: str, tries: _Tries) -> None:
+        control = self._control
+        endpoint_id = control.fleet.endpoints[failed.index].id
+        _log.info(
+            "attempt failed",
+            extra={"call": call_id, "endpoint": endpoint_id, "reason": failed.reason},
+        )
+        tries.last = failed
+        tries.exclude |= {failed.index}
+        if failed.kind == "http_503":
+            control.endpoint_refused(failed.index)  # one that is full is not broken
+        elif failed.answer is None:
+            control.endpoint_failed(
+                failed.index, failed.reason, unreachable=failed.kind == "connect"
+            )
+        elif failed.answer.status >= 500:
+            tries.suspects.append(failed)
+
+    async def _first(
+        self,
+        request: _Request,
+        ticket: Ticket,
+        patience: Patience,
+        held: contextlib.AsyncExitStack,
+    ) -> _Begun | _Failed:
+        """Send an attempt and wait for its first byte, within its time limit."""
         index = ticket.send.endpoint
-        endpoint = control.fleet.endpoints[index]
+        try:
+            async with Watch(patience.first_left_s):
+                return await self._exchange(request, ticket, patience, held)
+        except EndpointUnreachable as error:
+            ticket.fail("connect")
+            return _Failed(index=index, kind="connect", detail=str(error))
+        except EndpointBroken as error:
+            ticket.fail("broken")
+            return _Failed(index=index, kind="broken", detail=str(error))
+        except TimeoutError:
+            ticket.fail("late")
+            return _Failed(index=index, kind="late", detail=f"no byte in {patience.first_s:.3g} s")
+
+    async def _exchange(
+        self,
+        request: _Request,
+        ticket: Ticket,
+        patience: Patience,
+        held: contextlib.AsyncExitStack,
+    ) -> _Begun | _Failed:
+        index = ticket.send.endpoint
+        endpoint = self._control.fleet.endpoints[index]
         body = request.body
         if endpoint.scheduling == "priority":
             body = with_fields(body, request.payload, {"priority": ticket.send.priority})
-        try:
-            async with await self._links[index].send(
-                request.path, body, request.headers
-            ) as upstream:
-                headers = {
-                    **upstream.headers,
-                    "x-request-id": request.request_id,
-                    "x-almanac-endpoint": endpoint.id,
-                    "x-almanac-reason": ticket.send.reason,
-                    "x-almanac-attempts": str(attempts),
-                    "x-almanac-router-us": f"{ticket.decision_us:.0f}",
-                }
-                if upstream.status >= 400:
-                    answer = Answer(upstream.status, await upstream.read(), headers)
-                    ticket.fail(f"http_{upstream.status}")
-                    if upstream.status < 500:
-                        return answer, upstream.status
-                    return _Failed(reason=f"http_{upstream.status}", answer=answer)
-                if "event-stream" in upstream.headers.get("Content-Type", ""):
-                    return await self._relay(request, ticket, upstream, headers, downstream)
-                ticket.expect_first_token()
-                answer = Answer(upstream.status, await upstream.read(), headers)
-                self._finished(request, ticket, _usage_of(answer.body), 0)
-                return answer, upstream.status
-        except EndpointUnreachable as error:
-            ticket.fail("connect")
-            return _Failed(reason=f"connect: {error}", unreachable=True)
-        except EndpointBroken as error:
-            ticket.fail("broken")
-            return _Failed(reason=f"broken: {error}")
+        upstream = await held.enter_async_context(
+            await self._links[index].send(request.path, body, request.headers)
+        )
+        begun = _Begun(
+            ticket=ticket,
+            status=upstream.status,
+            headers={
+                **upstream.headers,
+                "x-request-id": request.request_id,
+                "x-almanac-endpoint": endpoint.id,
+                "x-almanac-reason": ticket.send.reason,
+                "x-almanac-router-us": f"{ticket.decision_us:.0f}",
+            },
+            patience=patience,
+            held=held,
+        )
+        if upstream.status >= 400:
+            answer = Answer(upstream.status, await upstream.read(), begun.headers)
+            kind = f"http_{upstream.status}"
+            ticket.fail(kind)
+            if upstream.status >= 500 or upstream.status == 429:
+                return _Failed(index=index, kind=kind, answer=answer)
+            begun.answer = answer
+        elif "event-stream" in upstream.headers.get("Content-Type", ""):
+            return await self._first_event(request, begun, upstream)
+        else:
+            ticket.expect_first_token()
+            begun.answer = Answer(upstream.status, await upstream.read(), begun.headers)
+        return begun
+
+    async def _first_event(
+        self, request: _Request, begun: _Begun, upstream: Upstream
+    ) -> _Begun | _Failed:
+        """Wait for the first event of a stream.
+
+        The client's headers go out with it, so that an endpoint that accepts a request and then
+        fails can still be replaced.
+        """
+        ticket = begun.ticket
+        tap = begun.tap = SseTap(strip_usage=request.adds_usage)
+        chunks = begun.chunks = await begun.held.enter_async_context(
+            contextlib.aclosing(upstream.chunks())
+        )
+        async for data in chunks:
+            begun.events += tap.feed(data)
+            if tap.failed:
+                ticket.fail("error event")
+                return _Failed(index=ticket.send.endpoint, kind="broken", detail="error event")
+            if begun.events:
+                ticket.first_token()
+                return begun
+        if request.has_done and not tap.done:
+            ticket.fail("ended without [DONE]")
+            return _Failed(index=ticket.send.endpoint, kind="broken", detail="ended without [DONE]")
+        return begun
+
+    async def _pass_on(
+        self,
+        request: _Request,
+        begun: _Begun,
+        tries: _Tries,
+        admitted: Pass,
+        downstream: Downstream,
+    ) -> tuple[Answer | None, int]:
+        """Give the client an answer that has begun, to its end."""
+        headers = {**begun.headers, "x-almanac-attempts": str(tries.sent)}
+        if begun.answer is None:
+            return await self._relay(request, begun, headers, admitted, downstream)
+        if begun.status < 400:
+            self._finished(request, begun.ticket, _usage_of(begun.answer.body), 0, admitted)
+        return replace(begun.answer, headers=headers), begun.status
 
     async def _relay(
         self,
         request: _Request,
-        ticket: Ticket,
-        upstream: Upstream,
+        begun: _Begun,
         headers: Mapping[str, str],
+        admitted: Pass,
         downstream: Downstream,
-    ) -> tuple[None, int] | _Failed:
-        """Pass a stream on event by event.
-
-        The client's headers go out with the first event, so that an endpoint that accepts a
-        request and then fails can still be replaced.
-        """
-        control = self._control
-        tap = SseTap(strip_usage=request.adds_usage)
-        begun = False
-        broken = ""
+    ) -> tuple[None, int]:
+        """Pass a stream on event by event."""
+        control, ticket, patience, tap = self._control, begun.ticket, begun.patience, begun.tap
+        assert tap is not None  # noqa: S101 - it is a stream
+        assert begun.chunks is not None  # noqa: S101 - as above
+        control.metrics.ttft.observe(
+            time.perf_counter() - request.started, request.model or "other"
+        )
+        await downstream.start(begun.status, headers)
+        if begun.events:
+            await downstream.write(begun.events)
+        broken, kind, seen = "", "broken", tap.chunks
         try:
-            async for data in upstream.chunks():
-                ticket.first_token()
-                out = tap.feed(data)
-                if tap.failed and not begun:
-                    break
-                if out:
-                    if not begun:
-                        begun = True
-                        control.metrics.ttft.observe(
-                            time.perf_counter() - request.started, request.model or "other"
-                        )
-                        await downstream.start(upstream.status, headers)
-                    await downstream.write(out)
+            async with Watch(patience.stall_left_s):
+                async for data in begun.chunks:
+                    out = tap.feed(data)
+                    if tap.chunks != seen:  # comments keep a connection alive, not an answer
+                        seen = tap.chunks
+                        patience.moved()
+                    if out:
+                        patience.waits_for_client = True
+                        await downstream.write(out)
+                        patience.client_took()
         except EndpointBroken as error:
             broken = f"broken: {error}"
+        except TimeoutError:
+            broken, kind = f"silent for {patience.stall_s:.3g} s", "silent"
         if tap.failed:
             broken = "error event"
         elif not broken and request.has_done and not tap.done:
             broken = "ended without [DONE]"
-        if broken and not begun:
-            ticket.fail(broken)
-            return _Failed(reason=broken)
         if not broken:
-            if not begun:
-                await downstream.start(upstream.status, headers)
             if rest := tap.rest():
                 await downstream.write(rest)
-            self._finished(request, ticket, tap.usage, tap.chunks)
-            return None, upstream.status
+            patience.ended()
+            self._finished(request, ticket, tap.usage, tap.chunks, admitted)
+            return None, begun.status
         ticket.fail(broken)
         control.endpoint_failed(ticket.send.endpoint, broken)
+        control.metrics.cut.inc(control.fleet.endpoints[ticket.send.endpoint].id, kind)
         if not tap.failed:
             await downstream.write(
                 sse(error_body(502, "The endpoint failed during the answer.", "BadGateway"))
@@ -448,21 +687,50 @@ class Forwarder:
         return None, 502
 
     def _finished(
-        self, request: _Request, ticket: Ticket, usage: Usage | None, chunks: int
+        self,
+        request: _Request,
+        ticket: Ticket,
+        usage: Usage | None,
+        chunks: int,
+        admitted: Pass,
     ) -> None:
         control = self._control
-        control.endpoint_ok(ticket.send.endpoint)
         if usage is None:
             # Without usage a stream's events are the best count there is.
             ticket.finish(output_tokens=chunks, prompt_tokens=None, cached_tokens=None)
+            admitted.used(ticket.call.prompt_tokens + chunks)
             return
-        if usage.prompt_tokens is not None:
-            control.scale.learn(request.model, request.prompt.size_bytes, usage.prompt_tokens)
+        prompt_tokens = usage.prompt_tokens
+        if prompt_tokens is not None:
+            control.scale.learn(request.model, request.prompt.size_bytes, prompt_tokens)
         ticket.finish(
             output_tokens=usage.output_tokens,
-            prompt_tokens=usage.prompt_tokens,
+            prompt_tokens=prompt_tokens,
             cached_tokens=usage.cached_tokens,
         )
+        if prompt_tokens is None:
+            prompt_tokens = ticket.call.prompt_tokens
+        admitted.used(prompt_tokens + usage.output_tokens)
+
+
+async def _first_of(tasks: Sequence[asyncio.Task[_Begun | None]]) -> _Begun | None:
+    """Return what began first, in the order given where several did; None if nothing did."""
+    pending = set(tasks)
+    while pending:
+        _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task not in pending and (begun := task.result()) is not None:
+                return begun
+    return None
+
+
+async def _call_off(tasks: Sequence[asyncio.Task[_Begun | None]], kept: _Begun | None) -> None:
+    """End all tasks, and close what they began but for one."""
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, _Begun) and outcome is not kept:
+            await outcome.held.aclose()
 
 
 def _parse(body: bytes) -> dict[str, Any]:

@@ -340,14 +340,17 @@ class Gateway:
     # Background
 
     async def _probe_loop(self) -> None:
-        """Bring endpoints back that are down and well again."""
+        """Look after the health of endpoints: of those that are down, and now and then of all."""
         while True:
             await asyncio.sleep(self.control.config.probe_interval_s)
-            due = self.control.to_probe()
-            answers = await asyncio.gather(*(self._links[index].healthy() for index in due))
-            for index, well in zip(due, answers, strict=True):
-                if well:
-                    self.control.endpoint_recovered(index)
+            await asyncio.gather(*(self._probe(index) for index in self.control.to_probe()))
+
+    async def _probe(self, index: int) -> None:
+        link = self._links[index]
+        well = await link.healthy()
+        boot_s = await link.booted_s() if well else None
+        if link is self._links[index]:  # else it was replaced meanwhile
+            self.control.endpoint_probed(index, well=well, boot_s=boot_s)
 
     async def _expire_loop(self) -> None:
         while True:
@@ -429,6 +432,8 @@ def _error_response(error: ApiError) -> web.Response:
     response = web.Response(status=error.status, body=error.body, content_type="application/json")
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.reason is not None:
+        response.headers["x-almanac-reason"] = error.reason
     return response
 
 

@@ -35,7 +35,40 @@ class GatewayMetrics:
         self.decisions = Counter("almanac_decisions_total", "Choices made", ("policy", "reason"))
         self.selected = Counter("almanac_worker_selection_total", "Attempts sent", ("endpoint",))
         self.outcomes = Counter("almanac_attempts_total", "Attempts ended", ("endpoint", "status"))
-        self.retries = Counter("almanac_retries_total", "Further attempts", ("endpoint",))
+        self.retries = Counter(
+            "almanac_retries_total",
+            "Further attempts, by what failed before",
+            ("endpoint", "reason"),
+        )
+        self.cut = Counter(
+            "almanac_streams_cut_total",
+            "Answers that ended with an error event",
+            ("endpoint", "reason"),
+        )
+        self.hedges = Counter("almanac_hedges_total", "Late calls sent twice", ("outcome",))
+        self.breaker = Gauge("almanac_cb_state", "0 closed, 1 half-open, 2 open", ("endpoint",))
+        self.transitions = Counter(
+            "almanac_cb_transitions_total", "Changes of state", ("endpoint", "to")
+        )
+        self.draining = Gauge(
+            "almanac_worker_draining", "1 if it takes no new calls", ("endpoint",)
+        )
+        self.restarts = Counter("almanac_worker_restarts_total", "Restarts noticed", ("endpoint",))
+        self.rejections = Counter(
+            "almanac_rejections_total", "Calls refused by the gateway", ("reason", "tenant")
+        )
+        self.queue_wait = Histogram(
+            "almanac_queue_wait_seconds", "Wait for admission and for an endpoint", _LATENCY_S
+        )
+        self.tenant_service = Gauge(
+            "almanac_tenant_service_seconds", "Predicted service admitted", ("tenant",)
+        )
+        self.tenant_queue = Gauge(
+            "almanac_tenant_queue_depth", "Calls waiting for admission", ("tenant",)
+        )
+        self.fairness = Gauge(
+            "almanac_jains_fairness_index", "Of the tenants' service per weight, 1 is even"
+        )
         self.events = Counter("almanac_events_total", "Lifecycle events", ("type", "taken"))
         self.active = Gauge("almanac_worker_requests_active", "Calls in flight", ("endpoint",))
         self.health = Gauge("almanac_worker_health", "1 up, 0 down", ("endpoint",))
@@ -47,13 +80,22 @@ class GatewayMetrics:
         self.drifting = Gauge(
             "almanac_worker_drifting", "1 if slower than it was for long", ("endpoint",)
         )
-        self.queue = Gauge("almanac_queue_depth", "Calls held in the router")
+        self.queue = Gauge(
+            "almanac_queue_depth", "Calls waiting for admission, or held in the router"
+        )
         self.runs = Gauge("almanac_program_active", "Runs in progress")
+        self.replans = Counter(
+            "almanac_replans_total", "Plans asked for, by cause and outcome", ("reason", "outcome")
+        )
+        self.table_age = Gauge("almanac_table_age_seconds", "Since the table in use went live")
         self._registry = Registry(
             (
                 self.requests, self.duration, self.ttft, self.overhead, self.decisions,
                 self.selected, self.outcomes, self.retries, self.events, self.active, self.health,
-                self.drift, self.drifting, self.queue, self.runs,
+                self.drift, self.drifting, self.queue, self.runs, self.replans, self.table_age,
+                self.cut, self.hedges, self.breaker, self.transitions, self.draining, self.restarts,
+                self.rejections, self.queue_wait, self.tenant_service, self.tenant_queue,
+                self.fairness,
             )
         )  # fmt: skip
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +16,7 @@ from planner.dispatch.events import Call, Send
 from planner.dispatch.view import EndpointState
 from planner.domain.calibration import QuantileTracker
 
-__all__ = ["LearnedLimit", "TimeoutRules", "Watch", "first_byte_s", "step_s", "whole_s"]
+__all__ = ["LearnedLimit", "Watch", "first_byte_s", "step_s", "whole_s"]
 
 _LOOK_S = 1.0
 """Longest time between two looks at a limit that may move."""
@@ -25,47 +24,24 @@ _UNKNOWN_LENGTH = 20.0
 """Times its forecast length that a whole answer may have before anything was learned of errors."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TimeoutRules:
-    """Bounds on the limits, wall seconds.
-
-    Parameters
-    ----------
-    multiple
-        Of the forecast quantile, >= 1.
-    level
-        Of the quantile, in (0.5, 1).
-    connect_floor_s, connect_cap_s
-        For a connect; the cap holds until connects have been seen.
-    first_byte_floor_s, stall_floor_s
-        For the first byte, and for the silence between two.
-    cap_s
-        For both.
-    """
-
-    multiple: float = 3.0
-    level: float = 0.99
-    connect_floor_s: float = 0.25
-    connect_cap_s: float = 5.0
-    first_byte_floor_s: float = 2.0
-    stall_floor_s: float = 10.0
-    cap_s: float = 600.0
-
-
 class LearnedLimit:
     """A limit on something that is forecast.
 
     Parameters
     ----------
-    multiple, level
-        See `TimeoutRules`.
+    multiple
+        Of the forecast quantile, >= 1.
     floor_s, cap_s
         Least and largest limit, same seconds as the forecasts.
+    level
+        Of the quantile, in (0, 1).
     """
 
     __slots__ = ("_cap_s", "_floor_s", "_multiple", "_tracker")
 
-    def __init__(self, *, multiple: float, level: float, floor_s: float, cap_s: float) -> None:
+    def __init__(
+        self, *, multiple: float, floor_s: float, cap_s: float, level: float = 0.99
+    ) -> None:
         self._multiple = multiple
         self._floor_s = min(floor_s, cap_s)
         self._cap_s = cap_s

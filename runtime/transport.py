@@ -6,7 +6,9 @@ connections: how many calls an endpoint gets is the router's decision, not the p
 
 from __future__ import annotations
 
+import asyncio
 import os
+from types import SimpleNamespace
 
 import aiohttp
 
@@ -33,7 +35,24 @@ def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        trace_configs=[_timed_connects()],
     )
+
+
+def _timed_connects() -> aiohttp.TraceConfig:
+    """Tell each new connection's time to the function that its request bears as context."""
+
+    async def start(_session: aiohttp.ClientSession, own: SimpleNamespace, _: object) -> None:
+        own.start_s = asyncio.get_running_loop().time()
+
+    async def end(_session: aiohttp.ClientSession, own: SimpleNamespace, _: object) -> None:
+        if own.trace_request_ctx is not None:
+            own.trace_request_ctx(asyncio.get_running_loop().time() - own.start_s)
+
+    config = aiohttp.TraceConfig()
+    config.on_connection_create_start.append(start)
+    config.on_connection_create_end.append(end)
+    return config
 
 
 def bind_problem(error: OSError) -> str:

@@ -202,6 +202,9 @@ class SseTap:
         if event.startswith(b"data: [DONE]"):
             self.done = True
             return True
+        if event.startswith(b":"):
+            # A comment keeps the connection alive; before the first event it says nothing.
+            return self.chunks > 0
         self.chunks += 1
         if b'"usage"' in event or b'"error"' in event:
             payload = _data(event)

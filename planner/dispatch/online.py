@@ -63,6 +63,19 @@ def _coefficients(row: LatencyRow) -> Floats:
     return np.asarray(np.array(fields) * _UNITS * row.scale)
 
 
+def _row(coefficients: Floats, unit: Floats) -> LatencyRow:
+    values = coefficients / _UNITS
+    return LatencyRow(
+        prefill_base_ms=float(values[0]),
+        prefill_us_per_token=float(values[1]),
+        prefill_ns_per_token_sq=float(values[2]),
+        # A step that reads the weights for nothing is not physics, however the fit came out.
+        decode_base_ms=max(float(values[3]), 0.02 * unit[3] / _UNITS[3]),
+        decode_us_per_call=float(values[4]),
+        decode_ns_per_kv_token=float(values[5]),
+    )
+
+
 def prefill_counts(
     tokens: float,
     *,
@@ -222,16 +235,14 @@ class OnlineLatency:
         """The row as learned so far, scale 1; the prior itself before the first observation."""
         if not self.observations:
             return self.prior
-        values = self._now() / _UNITS
-        return LatencyRow(
-            prefill_base_ms=float(values[0]),
-            prefill_us_per_token=float(values[1]),
-            prefill_ns_per_token_sq=float(values[2]),
-            # A step that reads the weights for nothing is not physics, however the fit came out.
-            decode_base_ms=max(float(values[3]), 0.02 * self._unit[3] / _UNITS[3]),
-            decode_us_per_call=float(values[4]),
-            decode_ns_per_kv_token=float(values[5]),
-        )
+        return _row(self._now(), self._unit)
+
+    @property
+    def usual(self) -> LatencyRow | None:
+        """The row that drift is measured against, None until enough was seen to know it."""
+        if self.observations < LEARNING:
+            return None
+        return _row(self._reference, self._unit)
 
     @property
     def drifting(self) -> bool:

@@ -356,6 +356,10 @@ class Router:
         """Return whether an endpoint that is up could take a call."""
         return bool(self._candidates(CallArrived(call=call, now_s=0.0, exclude=exclude))[1])
 
+    def on(self, call_id: str, endpoint: int) -> bool:
+        """Return whether a call is under way on an endpoint."""
+        return call_id in self.view.states[endpoint].residents
+
     @property
     def in_flight(self) -> int:
         """Calls sent and unfinished."""

@@ -10,7 +10,6 @@ from planner.domain.errors import InvalidInput
 from planner.domain.trace import BranchRecord, RunRecord, load_trace
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
-from runtime.health import Breaker
 from runtime.prometheus import Counter, Gauge, Histogram, Registry
 from runtime.runs import Run, RunBook
 from runtime.traces import TraceWriter
@@ -70,37 +69,6 @@ class TestPrometheus:
             'h_sum{x="y"} 12',
             'h_count{x="y"} 4',
         ]
-
-
-class TestBreaker:
-    def test_an_unreachable_endpoint_goes_down_at_once(self):
-        """One failed connect closes an endpoint, and marks its cache as lost."""
-        breaker = Breaker(failures=3, pause_s=1.0)
-        assert breaker.failure(10.0, unreachable=True)
-        assert breaker.down
-        assert breaker.cold
-        assert not breaker.may_probe(10.5)
-        assert breaker.may_probe(11.0)
-        assert breaker.pause_left_s(10.25) == 0.75
-
-    def test_failures_in_a_row_close_it_and_a_success_forgives(self):
-        """It takes consecutive failures; one good answer starts the count again."""
-        breaker = Breaker(failures=2, pause_s=1.0)
-        assert not breaker.failure(0.0)
-        breaker.success()
-        assert not breaker.failure(0.0)
-        assert breaker.failure(0.0)
-        assert not breaker.cold
-
-    def test_one_failure_after_a_probe_closes_it_for_longer(self):
-        """A recovered endpoint is on probation, and its pauses double."""
-        breaker = Breaker(failures=3, pause_s=1.0)
-        breaker.failure(0.0, unreachable=True)
-        breaker.recovered()
-        assert not breaker.down
-        assert breaker.failure(5.0)
-        assert not breaker.may_probe(6.5)
-        assert breaker.may_probe(7.0)
 
 
 def make_run(run_id="r", arrival_s=1.0):
