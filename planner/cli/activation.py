@@ -8,6 +8,7 @@ and differences are one record, to be kept whatever the verdict is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from planner.cli.checks import at_least
 from planner.dispatch.forecast import Forecaster
-from planner.dispatch.table import DispatchTable, Row
+from planner.dispatch.table import DispatchTable, Row, load_table
 from planner.domain.errors import InvalidInput
+from planner.domain.estimates import EstimateTable
 from planner.domain.files import atomic_write
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
+from planner.domain.trace import TraceRecord, load_trace
+from planner.domain.workflow import Workflow
+from planner.graph.rebuild import runs_from_trace
 from planner.metrics import summarise
 from planner.sim.disturbance import Disturbance
 from planner.sim.experiment import Cell, PolicySetup, World, run_cell
@@ -31,6 +37,9 @@ __all__ = [
     "TOLERANCE",
     "Activation",
     "RowChange",
+    "Trial",
+    "activation_trial",
+    "add_activation_arguments",
     "save_activation",
     "weigh_tables",
 ]
@@ -107,6 +116,19 @@ class Activation:
     tuning_changed: bool
     changes: tuple[RowChange, ...]
     seconds: float = 0.0
+
+    def text(self) -> str:
+        """Return the verdict in one line."""
+
+        def pair(new: Sequence[float], old: Sequence[float]) -> str:
+            return f"{sum(new) / len(new):.2f} s against {sum(old) / len(old):.2f} s"
+
+        return (
+            f"{'activated' if self.activate else 'not activated: worse'} on {self.runs:.0f} runs: "
+            f"mean {pair(self.candidate_s, self.incumbent_s)}, "
+            f"P95 {pair(self.candidate_p95_s, self.incumbent_p95_s)}, "
+            f"{len(self.changes)} rows changed"
+        )
 
     def to_json(self, **facts: Any) -> dict[str, Any]:
         """Return the JSON form, schema included; ``facts`` are added to it."""
@@ -196,6 +218,116 @@ def save_activation(activation: Activation, path: Path) -> None:
     """Write the record as JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(activation.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def add_activation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options under which a table is written only if it is not worse."""
+    group = parser.add_argument_group(
+        "never worse", "the verdict and its evidence are kept beside the table (*.activation.json)"
+    )
+    group.add_argument(
+        "--activate-against",
+        type=Path,
+        metavar="TRACE",
+        help="replay the runs of this trace under the new table and the incumbent; write the new "
+        "one only if neither mean nor P95 is worse, else exit with 1",
+    )
+    group.add_argument(
+        "--incumbent",
+        type=Path,
+        metavar="TABLE",
+        help="the table in use (default: none, which means marginal cost)",
+    )
+    group.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="SHARE",
+        help=f"excess of mean and P95 that counts as not worse (default: {TOLERANCE})",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What a new table has to stand: the trace that judges it, and the table in use.
+
+    Parameters
+    ----------
+    records
+        The trace.
+    incumbent
+        The table in use, or None.
+    tolerance
+        See `weigh_tables`.
+    where
+        The trace's file, for errors.
+    """
+
+    records: tuple[TraceRecord, ...]
+    incumbent: DispatchTable | None
+    tolerance: float
+    where: str
+
+    def judge(
+        self,
+        candidate: DispatchTable,
+        workflows: Sequence[Workflow],
+        fleet: Fleet,
+        estimates: EstimateTable,
+    ) -> Activation:
+        """Return the verdict on a table.
+
+        Raises
+        ------
+        InvalidInput
+            If the trace holds no run that ended well with its calls, or a table is for another
+            fleet.
+        """
+        runs = runs_from_trace(self.records, workflows, estimates)
+        if not runs:
+            raise InvalidInput(
+                "no run that ended well with its calls",
+                where=self.where,
+                remedy="give a trace of `almanac serve --trace` with finished runs",
+            )
+        return weigh_tables(
+            candidate,
+            self.incumbent,
+            {0: runs},
+            fleet,
+            Forecaster(estimates, workflows),
+            tolerance=self.tolerance,
+        )
+
+
+def activation_trial(args: argparse.Namespace, fleet: Fleet) -> Trial | None:
+    """Return the trial that the options ask for, or None; all files are read and checked.
+
+    Raises
+    ------
+    InvalidInput
+        If a file or a combination of options is wrong.
+    """
+    if args.activate_against is None:
+        if args.incumbent is not None:
+            raise InvalidInput(
+                "nothing to compare on", where="--incumbent", remedy="add --activate-against TRACE"
+            )
+        return None
+    if args.table is None:
+        raise InvalidInput(
+            "no table is made", where="--activate-against", remedy="add --table FILE"
+        )
+    at_least(args, tolerance=0)
+    incumbent = None if args.incumbent is None else load_table(args.incumbent)
+    if incumbent is not None:
+        incumbent.check_fleet(fleet, str(args.incumbent))
+    return Trial(
+        records=tuple(load_trace(args.activate_against)),
+        incumbent=incumbent,
+        tolerance=args.tolerance,
+        where=str(args.activate_against),
+    )
 
 
 def _setup(table: DispatchTable | None) -> PolicySetup:

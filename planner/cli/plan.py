@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner.cli.activation import (
+    activation_trial,
+    add_activation_arguments,
+    save_activation,
+)
 from planner.cli.checks import at_least, out_file
 from planner.domain.estimates import EstimateTable, load_estimates
 from planner.domain.fleet import Fleet, load_fleet
@@ -98,11 +103,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="list how full each endpoint is and each call site's runner-up",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_activation_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, check, print and write; return 0, or 1 if the checker rejects the plan."""
+    """Plan, check, print and write; return 0, or 1 if the checker or the replay rejects it."""
     from planner.solve.solver import Budget, solve_plan  # OR-Tools takes a second to load
 
     at_least(args, seed=0)
@@ -111,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     workflow = load_workflow(args.workflow)
     fleet = load_fleet(args.fleet)
     estimates = load_estimates(args.estimates)
+    trial = activation_trial(args, fleet)
     if workflow.content_hash not in estimates.workflows:
         _note(
             f"no forecasts for workflow {workflow.name!r} ({workflow.content_hash}) in "
@@ -143,6 +150,12 @@ def run(args: argparse.Namespace) -> int:
         from planner.dispatch.table import save_table
 
         table = _compile(workflow, fleet, estimates, result, budget, args.seed)
+        if trial is not None:
+            verdict = trial.judge(table, [workflow], fleet, estimates)
+            save_activation(verdict, args.table.with_suffix(".activation.json"))
+            _note(verdict.text())
+            if not verdict.activate:
+                return 1
         save_table(table, args.table)
         _note(f"wrote {args.table}, table {table.version}, {len(table.rows)} rows")
     return 0
