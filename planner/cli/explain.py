@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from planner.cli.explain_activations import SCHEMA as ACTIVATION_SCHEMA
+from planner.cli.explain_activations import (
+    explain_activation,
+    explain_activations,
+    is_activation_log,
+)
 from planner.dispatch.table import TABLE_SCHEMA, DispatchTable, Row
 from planner.domain.errors import InvalidInput
 from planner.domain.files import read_json
@@ -27,10 +33,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Of a plan: shares per call site, objective, bound and gap. Of a dispatch "
         "table: the ranked endpoints of each row with cost, share and price, the load it is valid "
         "for, and why. Of a trace: where each call of a run went, the reason given then, and the "
-        "predicted against the actual finish.",
+        "predicted against the actual finish. Of activation records: what new tables were weighed "
+        "against, and what became of them.",
     )
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help="plan.json, table.json or a trace (.jsonl)"
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="plan.json, table.json, an activation record or log, or a trace (.jsonl)",
     )
     parser.add_argument("--site", metavar="SITE", help="only this call site")
     parser.add_argument("--run", metavar="RUN", help="run of a trace (default: the slowest)")
@@ -45,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     InvalidInput
         If the file is no plan, table or trace, or holds no such site or run.
     """
-    if args.file.suffix == ".jsonl":
+    if args.file.suffix == ".jsonl" and is_activation_log(args.file):
+        facts = explain_activations(args.file)
+    elif args.file.suffix == ".jsonl":
         facts = explain_run(load_trace(args.file), args.run, args.site, where=str(args.file))
     else:
         raw = read_json(args.file, what="plan or table")
@@ -56,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
             )
         if schema == PLAN_SCHEMA:
             facts = explain_plan(Plan.from_json(raw, str(args.file)), args.site)
+        elif schema == ACTIVATION_SCHEMA:
+            facts = explain_activation(raw)
         elif schema == TABLE_SCHEMA:
             facts = explain_table(DispatchTable.from_json(raw, str(args.file)), args.site)
         else:
