@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from planner.domain.errors import InvalidInput
+from planner.domain.files import read_json
 from planner.domain.ids import NodeId
 from planner.domain.workflow import END, START, Workflow, load_workflow, save_workflow
 
@@ -29,7 +30,7 @@ def register(subparsers: Any) -> None:
         description=(
             "Read the workflow graph (IR) of a compiled LangGraph without running it. SOURCE is "
             "MODULE:NAME or FILE.py:NAME, where NAME is a compiled graph or a function without "
-            "arguments that returns one, or the path of an IR file (.json)."
+            "arguments that returns one, or the path of an IR file or AgentIR contract (.json)."
         ),
     )
     parser.add_argument("source", metavar="SOURCE", help="MODULE:NAME, FILE.py:NAME or FILE.json")
@@ -89,13 +90,15 @@ def run(args: argparse.Namespace) -> int:
 def load(source: str, name: str | None = None) -> Workflow:
     """Return the workflow of a source: ``module:name``, ``file.py:name`` or a JSON file.
 
+    A JSON file is a workflow, or a contract of AgentIR.
+
     Raises
     ------
     InvalidInput
         Naming the source, what was found and what to do.
     """
     if source.endswith(".json"):
-        return load_workflow(Path(source))
+        return _from_file(Path(source), name)
     module_name, _, attribute = source.partition(":")
     if not module_name or not attribute:
         raise InvalidInput(
@@ -117,6 +120,22 @@ def load(source: str, name: str | None = None) -> Workflow:
             remedy="name a compiled graph, or a function that returns one",
         ) from error
     return Workflow.from_json(document, where=source)
+
+
+def _from_file(path: Path, name: str | None) -> Workflow:
+    """Return the workflow of a JSON file, which may be a contract of AgentIR."""
+    document = read_json(path, what="workflow file")
+    if not isinstance(document, dict) or "entry" not in document:
+        return load_workflow(path)
+    from runtime.langgraph.agentir import workflow_from_contract
+
+    try:
+        document = workflow_from_contract(document, name or path.stem)
+    except ValueError as error:
+        raise InvalidInput(
+            str(error), where=str(path), remedy="give a contract of AgentIR or a workflow file"
+        ) from error
+    return Workflow.from_json(document, where=str(path))
 
 
 def _module(name: str, source: str) -> ModuleType:

@@ -47,9 +47,12 @@ from runtime.langgraph.references import (
 __all__ = [
     "SEPARATOR",
     "WORKFLOW_SCHEMA",
+    "Structure",
+    "call_site",
     "content_hash",
     "declared_sites",
     "outcome_id",
+    "outcomes",
     "walk",
     "workflow_ir",
 ]
@@ -165,48 +168,57 @@ def _graph_ir(graph: Any, name: str, *, prefix: str, above: tuple[Any, ...]) -> 
     branches, dynamic = _branches(builder, specs, prefix)
     # Waiting for one node is an ordinary edge.
     single = {(group[0], target) for group, target in waiting if len(group) == 1}
-    structure = _Structure(
+    structure = Structure(
         nodes=set(specs),
         edges=set(builder.edges) | single,
         joins={join for join in waiting if len(join[0]) > 1},
         branches=branches,
     )
-    structure.drop_unreachable(name)
-    structure.end_dead_ends()
-    structure.end_endless_cycles()
+    structure.mend(name)
     inner = dict(graph.get_subgraphs())
-    return {
-        "schema": WORKFLOW_SCHEMA,
-        "name": name,
-        "execution": "supersteps",
-        "nodes": [
-            _node(
-                node,
-                specs[node].runnable,
-                inner.get(node),
-                prefix=prefix,
-                above=(*above, builder),
-                dynamic=node in dynamic,
-            )
-            for node in sorted(structure.nodes)
-        ],
-        "edges": sorted([source, target] for source, target in structure.edges),
-        "joins": [
-            {"target": target, "sources": list(sources), "need": None}
-            for sources, target in sorted(structure.joins, key=lambda join: (join[1], join[0]))
-        ],
-        "branches": sorted(structure.branches, key=lambda branch: str(branch["id"])),
-    }
+    nodes = [
+        _node(
+            node,
+            specs[node].runnable,
+            inner.get(node),
+            prefix=prefix,
+            above=(*above, builder),
+            dynamic=node in dynamic,
+        )
+        for node in sorted(structure.nodes)
+    ]
+    return structure.document(name, nodes)
 
 
 @dataclass(slots=True, kw_only=True)
-class _Structure:
+class Structure:
     """Nodes and what connects them, while it is made into a valid workflow."""
 
     nodes: set[str]
     edges: set[tuple[str, str]]
     joins: set[tuple[tuple[str, ...], str]]
     branches: list[Ir]
+
+    def mend(self, name: str) -> None:
+        """Make it valid: every node can be reached, and from every node the end."""
+        self.drop_unreachable(name)
+        self.end_dead_ends()
+        self.end_endless_cycles()
+
+    def document(self, name: str, nodes: list[Ir], execution: str = "supersteps") -> Ir:
+        """Return the workflow in canonical form, with its nodes as they are to be listed."""
+        return {
+            "schema": WORKFLOW_SCHEMA,
+            "name": name,
+            "execution": execution,
+            "nodes": nodes,
+            "edges": sorted([source, target] for source, target in self.edges),
+            "joins": [
+                {"target": target, "sources": list(sources), "need": None}
+                for sources, target in sorted(self.joins, key=lambda join: (join[1], join[0]))
+            ],
+            "branches": sorted(self.branches, key=lambda branch: str(branch["id"])),
+        }
 
     def drop_unreachable(self, name: str) -> None:
         """Leave out nodes that nothing leads to, and joins that can never be complete."""
@@ -301,7 +313,7 @@ def _branch(prefix: str, source: str, router: str, spec: Any, nodes: Iterable[st
         "id": where,
         "source": source,
         "exhaustive": bool(spec.ends or declared),
-        "outcomes": _outcomes(
+        "outcomes": outcomes(
             {
                 outcome_id(labels): {targets[label] for label in labels}
                 for labels in (declared or ((label,) for label in targets))
@@ -315,11 +327,12 @@ def _command_branch(prefix: str, source: str, targets: list[str], *, exhaustive:
         "id": f"{prefix}{source}:goto",
         "source": source,
         "exhaustive": exhaustive,
-        "outcomes": _outcomes({target: {target} for target in targets}),
+        "outcomes": outcomes({target: {target} for target in targets}),
     }
 
 
-def _outcomes(targets: Mapping[str, set[str]]) -> list[Ir]:
+def outcomes(targets: Mapping[str, set[str]]) -> list[Ir]:
+    """Return the outcomes of a branch from their ids and the nodes taken together."""
     return [
         {"id": key, "targets": sorted(targets[key]), "probability": None, "count": 0}
         for key in sorted(targets)
@@ -364,7 +377,7 @@ def _node(
         "expected_delay_s": delay_s,
         "subgraph": subgraph,
         "call_sites": [
-            _site(f"{prefix}{node}#{position}", calls[position] if calls else None)
+            call_site(f"{prefix}{node}#{position}", calls[position] if calls else None)
             for position in range(len(calls) or 1)
         ]
         if kind == "llm"
@@ -372,7 +385,8 @@ def _node(
     }
 
 
-def _site(site: str, declared: Any) -> Ir:
+def call_site(site: str, declared: CallDeclaration | None) -> Ir:
+    """Return a call site from its id and what is declared about it."""
     prefix = getattr(declared, "static_prefix", None)
     return {
         "id": site,
