@@ -362,7 +362,9 @@ def _fleet_plan(
     from planner.solve.bounds import carried_rate_rps
     from planner.solve.budget import Budget
     from planner.solve.instance import build_instance
-    from planner.solve.solver import build_model, solve_plan
+    from planner.solve.objective import Goal
+    from planner.solve.search import Stage, build_model
+    from planner.solve.solver import solve_plan
     from planner.verify import verify_plan
 
     rng = np.random.default_rng(seed)
@@ -381,7 +383,8 @@ def _fleet_plan(
     _check(report.violations, f"fleet plan {seed}")
     built = 0.0
     if sites <= 60:
-        _, built = _timed(build_model, result.instance, result.timing, 0)
+        stage = Stage(goal=Goal(result.instance))
+        _, built = _timed(build_model, result.instance, result.timing, stage, 0)
     return took, result.plan.gap, built
 
 

@@ -367,6 +367,7 @@ def compile_table(
                     valid_from=lower,
                     valid_to=level.occupancy,
                     ranked=tuple(ranked),
+                    retain_kv=plan.keeps(site),
                     reason=(
                         f"planned for {plan.arrival_rate_rps:.3g} runs/s, gap {plan.gap:.1%}; "
                         f"{ranked[0].endpoint} takes {ranked[0].share:.0%}"

@@ -46,7 +46,7 @@ average by Little's law are at most ``UTILISATION_CAP`` of the cache: the sum of
 * each static prefix kept, once for all sites that share it,
 * for a kept session, its rate times context after a visit times the gap of the site: the mean
   time from the end of a visit to the start of the next, where there is one, with calls as long as
-  on an idle fleet (the mean over the endpoints that serve their model).
+  at level 1 (the mean over the endpoints that serve their model whole; 0 if there are none).
 
 A cold call's own copy of the prefix is left out. Pairs count the contexts at their decode
 endpoint; their prefixes and sessions take no part.
@@ -80,7 +80,7 @@ PLAN_SCHEMA = "almanac.plan/1"
 PLAN_TICK_S = 0.01
 """Time resolution of plans, seconds; every duration is rounded up to it."""
 UTILISATION_CAP = 0.8
-"""Largest share of the slots of a load level, and of a KV cache, that a plan may fill on average."""
+"""Largest share of a level's slots, and of a KV cache, that a plan may fill on average."""
 TRANSFER_SETUP_S = 0.001
 """Set-up of a KV transfer between prefill and decode endpoint, seconds (RDMA: 0.5 to 2 ms)."""
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.solve.instance import Instance, Ints
+from planner.solve.arrays import Bools, Ints
+from planner.solve.memory import pack
+from planner.solve.objective import Goal
+from planner.solve.question import Instance
 from planner.solve.timing import Timing
 
-__all__ = ["Solution", "greedy_solution", "least_levels"]
+__all__ = ["Solution", "greedy_solution", "latencies_of", "least_levels", "ordered"]
 
 _BATCH = 256
 """Candidate plans evaluated at once: enough to amortise numpy, small enough for the cache."""
@@ -31,14 +34,20 @@ _Move = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Placements (R, K), level positions (I,) and the summed run latency in ticks.
+    """Options (R, K), level positions (I,), what is kept (R, K), and the cost of the goal.
 
     Classes are in order of falling latency, which is what the model's symmetry breaking asks.
     """
 
     placements: Ints
     levels: Ints
-    objective_ticks: int
+    warm: Bools
+    keep: Bools
+    cost: int
+
+    def latencies(self, timing: Timing) -> Ints:
+        """Return the latency of each scenario for each class in ticks; shape (R, S)."""
+        return latencies_of(timing, self.placements, self.levels, self.warm, self.keep)
 
 
 def least_levels(loads: Ints, room: Ints) -> Ints:
@@ -57,22 +66,35 @@ def least_levels(loads: Ints, room: Ints) -> Ints:
     return np.where(fits.any(axis=-1), fits.argmax(axis=-1), -1)
 
 
+def latencies_of(timing: Timing, placements: Ints, levels: Ints, warm: Bools, keep: Bools) -> Ints:
+    """Return the latencies of a plan in ticks; shape (R, S)."""
+    repeated = np.repeat(levels[np.newaxis], len(placements), axis=0)
+    sums = timing.sums(placements, repeated) + timing.extras(placements, warm, keep)
+    return timing.latencies(sums)
+
+
 def greedy_solution(
-    instance: Instance, timing: Timing, *, start: Ints | None = None, effort: float = 1e8
+    instance: Instance,
+    timing: Timing,
+    goal: Goal,
+    *,
+    start: Ints | None = None,
+    effort: float = 1e8,
 ) -> Solution | None:
     """Return a plan that no single move improves, or None if no start finds room.
 
     Parameters
     ----------
-    instance, timing
-        The question.
+    instance, timing, goal
+        The question. The descent takes KV as ample; what does not fit then is not kept
+        (`planner.solve.memory.pack`).
     start
         Placements (R, K) to descend from in place of the constructions.
     effort
         Where to stop at the latest: sums of service ticks that may be looked up, >= 0. A count
         and not a time, so that the result is reproducible; 1e8 is about a second.
     """
-    search = _Search(instance, timing)
+    search = _Search(instance, timing, goal)
     tried = (search.construct(0), search.construct(1)) if start is None else (start,)
     starts = [one for one in tried if one is not None]
     if not starts:
@@ -82,11 +104,14 @@ def greedy_solution(
 
 
 class _Search:
-    def __init__(self, instance: Instance, timing: Timing) -> None:
+    def __init__(self, instance: Instance, timing: Timing, goal: Goal) -> None:
         self._instance = instance
         self._timing = timing
+        self._goal = goal
         self._load = instance.class_load
+        self._lane_load = instance.lane_load
         self._room = instance.room
+        self._home = instance.option_endpoint
         self._classes, self._sites = instance.run_classes, len(instance.sites)
         # Ticks a site adds per run on an endpoint, to rank endpoints during construction.
         self._service = np.zeros(instance.work_s.shape, dtype=np.int64)
@@ -102,13 +127,14 @@ class _Search:
         Rule 0 takes the fastest endpoint with room, calls with the most to lose first; rule 1
         the endpoint that is left the emptiest, largest calls first.
         """
-        top = np.array([len(grid) - 1 for grid in self._instance.levels])
-        endpoints = np.arange(top.size)
-        load = self._load[:, endpoints, top]
-        service = self._service[:, endpoints, top]
-        free = self._room[endpoints, top].copy()
+        instance, home, lane = self._instance, self._home, self._instance.option_prefill
+        top = np.array([len(grid) - 1 for grid in instance.levels])
+        options = np.arange(home.size)
+        load = self._load[:, options, top[home]]
+        service = self._service[:, options, top[home]]
+        free = self._room[np.arange(top.size), top].copy()
         capacity = np.maximum(free, 1)
-        allowed = self._instance.allowed
+        allowed = instance.allowed
         shown = np.where(allowed, service, -1)
         loss = shown.max(axis=1) - np.where(allowed, service, np.iinfo(np.int64).max).min(axis=1)
         weight = loss if rule == 0 else load.max(axis=1)
@@ -116,13 +142,17 @@ class _Search:
         placements = np.zeros((self._classes, self._sites), dtype=np.int64)
         for k in order:
             for r in range(self._classes):
-                open_ones = allowed[k] & (load[k] <= free)
+                lane_fits = (lane < 0) | (self._lane_load[k] <= free[lane])
+                open_ones = allowed[k] & (load[k] <= free[home]) & lane_fits
                 if not open_ones.any():
                     return None
-                cost = service[k] if rule == 0 else (capacity - free + load[k]) / capacity
-                i = int(np.where(open_ones, cost, np.inf).argmin())
-                placements[r, k] = i
-                free[i] -= load[k, i]
+                left = capacity[home] - free[home] + load[k]
+                cost = service[k] if rule == 0 else left / capacity[home]
+                m = int(np.where(open_ones, cost, np.inf).argmin())
+                placements[r, k] = m
+                free[home[m]] -= load[k, m]
+                if lane[m] >= 0:
+                    free[lane[m]] -= self._lane_load[k, m]
         return placements
 
     def descend(self, placements: Ints, effort: float) -> tuple[Ints, int]:
@@ -175,11 +205,16 @@ class _Search:
         site = np.tile(np.arange(self._sites), self._classes)
         loads = np.zeros((len(batch), *self._room.shape), dtype=np.int64)
         rows = np.arange(len(batch))[:, np.newaxis]
-        np.add.at(loads, (rows, flat), self._load[site, flat])
+        np.add.at(loads, (rows, self._home[flat]), self._load[site, flat])
+        if self._instance.pairs:
+            # A lane has one level; its load comes on top of none.
+            lane = self._instance.option_prefill[flat]
+            used = np.where(lane >= 0, self._lane_load[site, flat], 0)
+            np.add.at(loads[:, :, 0], (rows, lane), used)
         return least_levels(loads, self._room)
 
     def _evaluate(self, batch: Ints) -> Ints:
-        """Return the summed latency of candidate placements, the largest integer if no room."""
+        """Return the costs of candidate placements, the largest integer if no room."""
         levels = self._levels(batch)
         fits = (levels >= 0).all(axis=1)
         values = np.full(len(batch), _NO_ROOM)
@@ -187,12 +222,15 @@ class _Search:
             good = batch[fits]
             rows = good.reshape(-1, self._sites)
             repeated = np.repeat(levels[fits], self._classes, axis=0)
-            totals = self._timing.totals(rows, repeated)
-            values[fits] = totals.reshape(-1, self._classes).sum(axis=1)
+            latencies = self._timing.latencies(self._timing.sums(rows, repeated))
+            values[fits] = self._goal.cost(latencies.reshape(len(good), self._classes, -1))
         return values
 
-    def finished(self, placements: Ints) -> Solution:
-        """Return the solution in the order that the model's symmetry breaking asks."""
+    def finished(self, placements: Ints) -> Solution | None:
+        """Return the solution in the order that the model's symmetry breaking asks.
+
+        None if its contexts do not fit the KV memory.
+        """
         levels = self._levels(placements[np.newaxis])[0]
         for group in self._instance.twins:
             members = np.array(group)
@@ -201,6 +239,17 @@ class _Search:
             renamed = np.arange(levels.size)
             renamed[order] = members
             placements = renamed[placements]
-        totals = self._timing.totals(placements, np.repeat(levels[None], self._classes, axis=0))
-        ranking = np.argsort(-totals, kind="stable")
-        return Solution(placements[ranking], levels, int(totals.sum()))
+        packed = pack(self._instance, placements, levels)
+        if packed is None:
+            return None
+        return ordered(self._timing, self._goal, placements, *packed)
+
+
+def ordered(
+    timing: Timing, goal: Goal, placements: Ints, levels: Ints, warm: Bools, keep: Bools
+) -> Solution:
+    """Return a solution with its classes in order of falling latency."""
+    latencies = latencies_of(timing, placements, levels, warm, keep)
+    ranking = np.argsort(-(latencies @ timing.weight), kind="stable")
+    cost = int(goal.cost(latencies[np.newaxis])[0])
+    return Solution(placements[ranking], levels, warm[ranking], keep[ranking], cost)

@@ -1,148 +1,88 @@
-"""The solver's view of a planning question: index arrays in place of domain objects.
-
-Indices: k call site, i endpoint, l level (position in the endpoint's grid), s scenario, t task
-over all scenarios, r run class. Service times follow the definition in `planner.domain.plan`.
-
-Run classes are exchangeable: all face the same scenarios, so what a class costs depends on its
-placement and the levels only. (Scenarios of its own would let a class choose its endpoints
-knowing its branches and lengths.)
-"""
+"""Makes an instance of workflows, a fleet, forecasts and sampled runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.domain.errors import Infeasible, InvalidInput
-from planner.domain.estimates import EstimateTable
+from planner.domain.estimates import EstimateTable, WorkflowEstimate
 from planner.domain.fleet import Endpoint, Fleet
-from planner.domain.latency import LatencyRow
+from planner.domain.objective import mix_shares
 from planner.domain.plan import PLAN_TICK_S, UTILISATION_CAP
 from planner.domain.run import RunSpec
 from planner.domain.units import duration_to_ticks
-from planner.domain.workflow import Workflow
+from planner.domain.workflow import CallSite, Workflow
+from planner.graph.sampling import site_estimate
 from planner.graph.shape import all_sites
+from planner.solve.arrays import Bools, Floats, Ints
+from planner.solve.calls import (
+    Calls,
+    collect_calls,
+    extra_s,
+    pair_s,
+    session_gaps,
+    transfer_s,
+    whole_s,
+)
+from planner.solve.question import LOAD_UNIT, Instance, Memory, Source, level_grid
 
-__all__ = ["LOAD_UNIT", "Instance", "build_instance", "level_grid"]
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-
-LOAD_UNIT = 1e-5
-"""Resolution of loads in the model: busy calls per unit."""
+__all__ = [
+    "LOAD_UNIT",
+    "Bools",
+    "Demand",
+    "Floats",
+    "Instance",
+    "Ints",
+    "build_instance",
+    "build_mix",
+    "level_grid",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Instance:
-    """A planning question in arrays.
+class Demand:
+    """A workflow and how it comes.
 
     Parameters
     ----------
-    workflow_hash, fleet_hash
-        What it was made from.
-    sites, endpoints
-        Ids by index; K and I of them.
-    levels
-        Level grid of each endpoint, increasing.
-    run_classes
-        R.
-    arrival_rate_rps
-        Runs per second, all classes together.
-    utilisation_cap
-        Largest share of a level's slots that may be busy on average.
-    scenarios
-        S.
-    task_scenario, task_site, task_preds
-        Scenario, call site (-1 for a delay) and predecessors of each task, in an order in which
-        predecessors come first.
-    delay_ticks
-        Ticks of each delay, 0 for calls; shape (T,).
-    service_ticks
-        Ticks of each call on endpoint i at level l; shape (T, I, L), 0 for delays.
-    work_s
-        Expected seconds of service a run needs at site k on endpoint i at level l; shape
-        (K, I, L).
-    allowed
-        Whether endpoint i may serve site k; shape (K, I).
+    workflow
+        The workflow.
+    rate_rps
+        Runs per second, > 0.
+    weight
+        Weight of its runs in the objective, > 0.
+    deadline_s
+        Seconds a run may take, > 0, or None.
+    hard
+        Whether every scenario has to keep the deadline.
     """
 
-    workflow_hash: str
-    fleet_hash: str
-    sites: tuple[str, ...]
-    endpoints: tuple[str, ...]
-    levels: tuple[tuple[int, ...], ...]
-    run_classes: int
-    arrival_rate_rps: float
-    utilisation_cap: float
-    scenarios: int
-    task_scenario: tuple[int, ...]
-    task_site: tuple[int, ...]
-    task_preds: tuple[tuple[int, ...], ...]
-    delay_ticks: Ints
-    service_ticks: Ints
-    work_s: Floats
-    allowed: Bools
+    workflow: Workflow
+    rate_rps: float
+    weight: float = 1.0
+    deadline_s: float | None = None
+    hard: bool = False
 
-    @property
-    def level_count(self) -> int:
-        """L: length of the longest level grid."""
-        return int(self.work_s.shape[2])
-
-    @property
-    def class_load(self) -> Ints:
-        """Busy calls one class brings at site k on endpoint i at level l, in load units: (K, I, L).
-
-        Rounded up, so that a plan within the room in units is within it in truth.
-        """
-        busy = self.work_s * (self.arrival_rate_rps / self.run_classes)
-        return np.ceil(busy / LOAD_UNIT - 1e-9).astype(np.int64)
-
-    @property
-    def room(self) -> Ints:
-        """Busy calls allowed on endpoint i at level l, in units, -1 beyond its grid: (I, L)."""
-        out = np.full((len(self.endpoints), self.level_count), -1, dtype=np.int64)
-        for i, grid in enumerate(self.levels):
-            out[i, : len(grid)] = np.floor(
-                np.array(grid) * (self.utilisation_cap / LOAD_UNIT) + 1e-9
+    def __post_init__(self) -> None:
+        where = f"workflow {self.workflow.name!r}"
+        if not (self.rate_rps > 0 and math.isfinite(self.rate_rps)):
+            raise InvalidInput(
+                f"{self.rate_rps!r} runs per second",
+                where=f"arrival rate of {where}",
+                remedy="use > 0",
             )
-        return out
-
-    @property
-    def twins(self) -> tuple[tuple[int, ...], ...]:
-        """Groups of two or more endpoints that no plan can tell apart."""
-        groups: dict[tuple[object, ...], list[int]] = {}
-        for i, grid in enumerate(self.levels):
-            parts = (self.service_ticks[:, i], self.work_s[:, i], self.allowed[:, i])
-            groups.setdefault((grid, *(part.tobytes() for part in parts)), []).append(i)
-        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
-
-
-def level_grid(slots: int, most: int) -> tuple[int, ...]:
-    """Return powers of two up to ``min(slots, most)``, and that number itself; at least 1."""
-    top = max(1, min(slots, most))
-    grid = [1 << power for power in range(top.bit_length()) if 1 << power < top]
-    return (*grid, top)
-
-
-@dataclass(frozen=True, slots=True)
-class _Calls:
-    """Token counts of all calls of the scenarios, by task position; arrays of one length."""
-
-    task: Ints
-    site: Ints
-    uncached: Floats
-    cached: Floats
-    output: Floats
-
-    @property
-    def context(self) -> float:
-        """Context of a call found decoding: mean weighted by output length, tokens."""
-        held = self.cached + self.uncached + self.output / 2
-        return float(np.average(held, weights=self.output))
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise InvalidInput(f"weight {self.weight!r}", where=where, remedy="use > 0")
+        if self.deadline_s is not None and not (
+            self.deadline_s > 0 and math.isfinite(self.deadline_s)
+        ):
+            raise InvalidInput(f"deadline {self.deadline_s!r} s", where=where, remedy="use > 0")
+        if self.hard and self.deadline_s is None:
+            raise InvalidInput("a hard deadline without a time", where=where, remedy="give one")
 
 
 def build_instance(
@@ -155,141 +95,352 @@ def build_instance(
     run_classes: int,
     utilisation_cap: float = UTILISATION_CAP,
 ) -> Instance:
+    """Arrange a question about one workflow in arrays; see `build_mix`."""
+    return build_mix(
+        [Demand(workflow=workflow, rate_rps=arrival_rate_rps)],
+        fleet,
+        estimates,
+        [scenarios],
+        run_classes=run_classes,
+        utilisation_cap=utilisation_cap,
+    )
+
+
+def build_mix(
+    demands: Sequence[Demand],
+    fleet: Fleet,
+    estimates: EstimateTable,
+    samples: Sequence[Sequence[RunSpec]],
+    *,
+    run_classes: int,
+    utilisation_cap: float = UTILISATION_CAP,
+) -> Instance:
     """Arrange a planning question in arrays.
+
+    Parameters
+    ----------
+    demands
+        The workflows, at least one, each once.
+    samples
+        Scenarios of each, all of one number.
 
     Raises
     ------
     InvalidInput
-        If the rate, the number of classes or of scenarios is not positive, or the workflow has
-        no call site.
+        If the number of classes or of scenarios is not positive, or a workflow has no call site
+        or comes twice.
     Infeasible
         If a call site fits no endpoint; the message names the site and what it lacks.
     """
-    if not (arrival_rate_rps > 0 and np.isfinite(arrival_rate_rps)):
-        raise InvalidInput(
-            f"{arrival_rate_rps!r} runs per second", where="arrival rate", remedy="use > 0"
-        )
-    for value, name in ((run_classes, "run classes"), (len(scenarios), "scenarios")):
+    for value, name in ((run_classes, "run classes"), (min(map(len, samples)), "scenarios")):
         if value < 1:
             raise InvalidInput(f"{value} {name}", where=name, remedy="use at least 1")
-    sites = all_sites(workflow)
-    if not sites:
-        raise InvalidInput(
-            "no call site: nothing to plan",
-            where=f"workflow {workflow.name!r}",
-            remedy="declare the calls of its nodes, or learn them from traces",
-        )
-    index = {str(site): k for k, site in enumerate(sites)}
-    tasks = [(s, task) for s, run in enumerate(scenarios) for task in run.tasks]
-    calls = _collect_calls(scenarios, index)
-    longest = np.zeros(len(sites))
-    np.maximum.at(longest, calls.site, calls.cached + calls.uncached + calls.output)
-    allowed = np.zeros((len(sites), len(fleet.endpoints)), dtype=bool)
-    for k, (path, site) in enumerate(sites.items()):
-        for i, endpoint in enumerate(fleet.endpoints):
-            fits = longest[k] <= min(endpoint.kv_tokens, endpoint.max_model_len)
-            allowed[k, i] = fits and site.model in (None, endpoint.model)
-        if not allowed[k].any():
-            raise Infeasible(_no_endpoint(path, site.model, int(longest[k]), fleet))
-
-    context = calls.context if calls.task.size else 0.0
+    _check_workflows(demands)
+    rate = sum(demand.rate_rps for demand in demands)
+    index: list[dict[str, int]] = []
+    sites: list[tuple[Demand, str, CallSite]] = []
+    for demand in demands:
+        own = all_sites(demand.workflow)
+        index.append({str(path): len(sites) + n for n, path in enumerate(own)})
+        sites += [(demand, str(path), site) for path, site in own.items()]
+    calls = collect_calls(samples, index, [demand.rate_rps / rate for demand in demands])
+    options = _options(fleet)
+    allowed = _allowed(sites, calls, fleet, options)
+    tasks = [task for runs in samples for run in runs for task in run.tasks]
+    scenario_runs = [run for runs in samples for run in runs]
+    offsets = np.concatenate(([0], np.cumsum([len(run.tasks) for run in scenario_runs])))
     grids = tuple(
-        level_grid(e.max_num_seqs, int(e.kv_tokens / context) if context else e.max_num_seqs)
+        (1,)
+        if e.role == "prefill"
+        else level_grid(
+            e.max_num_seqs, int(e.kv_tokens / calls.context) if calls.context else e.max_num_seqs
+        )
         for e in fleet.endpoints
     )
-    depth = max(map(len, grids))
-    ticks = np.zeros((len(tasks), len(grids), depth), dtype=np.int64)
-    work = np.zeros((len(sites), len(grids), depth))
-    for i, endpoint in enumerate(fleet.endpoints):
-        row = estimates.endpoints.get(endpoint.id, endpoint.latency)
-        for position, level in enumerate(grids[i]):
-            service = _service_s(row, level, calls, context)
-            np.add.at(work[:, i, position], calls.site, service / len(scenarios))
-            ticks[calls.task, i, position] = [
-                duration_to_ticks(float(value), PLAN_TICK_S) for value in service
-            ]
-    offsets = np.concatenate(([0], np.cumsum([len(run.tasks) for run in scenarios])))
+    times = _times(fleet, estimates, options, grids, calls, len(tasks), len(sites))
+    delay_s = np.array([task.delay_s if task.site is None else 0.0 for task in tasks])
+    shares = mix_shares([demand.rate_rps * demand.weight for demand in demands])
+    common = math.gcd(*shares)
+    counts = [len(runs) for runs in samples]
     return Instance(
-        workflow_hash=workflow.content_hash,
+        sources=tuple(
+            Source(
+                name=demand.workflow.name,
+                workflow_hash=demand.workflow.content_hash,
+                rate_rps=demand.rate_rps,
+                weight=demand.weight,
+                # Durations are rounded up and the deadline down, so that a kept one is kept.
+                deadline_ticks=None
+                if demand.deadline_s is None
+                else int(demand.deadline_s / PLAN_TICK_S + 1e-9),
+                deadline_s=demand.deadline_s,
+                hard=demand.hard,
+                sites=range(min(own.values()), max(own.values()) + 1),
+                paths=tuple(own),
+            )
+            for demand, own in zip(demands, index, strict=True)
+        ),
         fleet_hash=fleet.content_hash(),
-        sites=tuple(index),
+        sites=_site_names(sites, len(demands)),
         endpoints=tuple(str(endpoint.id) for endpoint in fleet.endpoints),
+        option_endpoint=np.array([decode for decode, _ in options], dtype=np.int64),
+        option_prefill=np.array([prefill for _, prefill in options], dtype=np.int64),
         levels=grids,
         run_classes=run_classes,
-        arrival_rate_rps=arrival_rate_rps,
+        arrival_rate_rps=rate,
         utilisation_cap=utilisation_cap,
-        scenarios=len(scenarios),
-        task_scenario=tuple(s for s, _ in tasks),
-        task_site=tuple(-1 if task.site is None else index[task.site] for _, task in tasks),
-        task_preds=tuple(tuple(int(offsets[s]) + pred for pred in task.preds) for s, task in tasks),
-        delay_ticks=np.array(
-            [
-                duration_to_ticks(task.delay_s, PLAN_TICK_S) if task.site is None else 0
-                for _, task in tasks
-            ],
-            dtype=np.int64,
+        scenarios=len(scenario_runs),
+        scenario_source=np.repeat(np.arange(len(samples)), counts),
+        scenario_weight=np.repeat([share // common for share in shares], counts),
+        task_scenario=tuple(s for s, run in enumerate(scenario_runs) for _ in run.tasks),
+        task_site=_task_sites(samples, index),
+        task_preds=tuple(
+            tuple(int(offsets[s]) + pred for pred in task.preds)
+            for s, run in enumerate(scenario_runs)
+            for task in run.tasks
         ),
-        service_ticks=ticks,
-        work_s=work,
+        delay_ticks=_ticks(delay_s),
+        service_ticks=times.ticks,
+        work_s=times.work,
+        lane_work_s=times.lane,
         allowed=allowed,
+        memory=_memory(
+            fleet, estimates, samples, index, sites, options, calls, times, delay_s, rate,
+            utilisation_cap,
+        ),
+    )  # fmt: skip
+
+
+def _check_workflows(demands: Sequence[Demand]) -> None:
+    seen: set[str] = set()
+    for demand in demands:
+        where = f"workflow {demand.workflow.name!r}"
+        if not all_sites(demand.workflow):
+            raise InvalidInput(
+                "no call site: nothing to plan",
+                where=where,
+                remedy="declare the calls of its nodes, or learn them from traces",
+            )
+        if demand.workflow.content_hash in seen:
+            raise InvalidInput("is given twice", where=where, remedy="add the rates up")
+        seen.add(demand.workflow.content_hash)
+
+
+def _site_names(sites: Sequence[tuple[Demand, str, CallSite]], workflows: int) -> tuple[str, ...]:
+    """Return site names, with the workflow's hash where several could share one."""
+    if workflows == 1:
+        return tuple(path for _, path, _ in sites)
+    return tuple(f"{demand.workflow.name}:{path}" for demand, path, _ in sites)
+
+
+def _options(fleet: Fleet) -> list[tuple[int, int]]:
+    """Return (endpoint that decodes, endpoint that prefills or -1) of all a call can be sent to."""
+    options = [(i, -1) for i, e in enumerate(fleet.endpoints) if e.role == "both"]
+    for p, prefill in enumerate(fleet.endpoints):
+        for d, decode in enumerate(fleet.endpoints):
+            if (prefill.role, decode.role) == ("prefill", "decode") and _same_kv(prefill, decode):
+                options.append((d, p))
+    return options
+
+
+def _same_kv(one: Endpoint, other: Endpoint) -> bool:
+    return (one.model, one.kv_bytes_per_token, one.block_tokens) == (
+        other.model,
+        other.kv_bytes_per_token,
+        other.block_tokens,
     )
 
 
-def _collect_calls(scenarios: Sequence[RunSpec], index: dict[str, int]) -> _Calls:
-    rows: list[tuple[int, int, int, int, int]] = []
-    position = 0
-    for run in scenarios:
-        known: dict[str, set[int]] = {}
-        for task in run.tasks:
-            if task.site is not None:
-                # What the first visit shares with nothing earlier is its static prefix, if any:
-                # the sampler puts it in a segment of its own before the fresh one.
-                warm = known.setdefault(task.site, {task.prompt[0].key} - {task.prompt[-1].key})
-                cached = 0
-                for segment in task.prompt[:-1]:
-                    if segment.key not in warm:
-                        break
-                    cached += segment.tokens
-                warm.update(segment.key for segment in task.prompt)
-                warm.add(task.output_key)
-                uncached = task.prompt_tokens - cached
-                rows.append((position, index[task.site], uncached, cached, task.output_tokens))
-            position += 1
-    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    return _Calls(
-        task=table[:, 0],
-        site=table[:, 1],
-        uncached=table[:, 2].astype(float),
-        cached=table[:, 3].astype(float),
-        output=table[:, 4].astype(float),
-    )
+def _room(fleet: Fleet, option: tuple[int, int]) -> int:
+    """Return the longest prompt and answer that an option holds, tokens."""
+    ends = [fleet.endpoints[i] for i in option if i >= 0]
+    return min(min(end.kv_tokens, end.max_model_len) for end in ends)
 
 
-def _service_s(row: LatencyRow, level: int, calls: _Calls, context: float) -> Floats:
-    """Return the planned service time of each call in seconds; shape (calls,)."""
-    if not calls.task.size:
-        return np.zeros(0)
-    stall = np.array(
-        [row.prefill_marginal_s(u, c) for u, c in zip(calls.uncached, calls.cached, strict=True)]
-    )
-    base = row.prefill_s(0.0)
-    token_s = row.decode_step_s(level, level * context)
-    token_s += (level - 1) * float(stall.mean()) / float(calls.output.mean())
-    return base + stall + calls.output * token_s
+def _allowed(
+    sites: Sequence[tuple[Demand, str, CallSite]],
+    calls: Calls,
+    fleet: Fleet,
+    options: Sequence[tuple[int, int]],
+) -> Bools:
+    longest = np.zeros(len(sites))
+    np.maximum.at(longest, calls.site, calls.cached + calls.uncached + calls.output)
+    allowed = np.zeros((len(sites), len(options)), dtype=bool)
+    for k, (_, path, site) in enumerate(sites):
+        for m, option in enumerate(options):
+            serves = site.model in (None, fleet.endpoints[option[0]].model)
+            allowed[k, m] = serves and longest[k] <= _room(fleet, option)
+        if not allowed[k].any():
+            raise Infeasible(_no_endpoint(path, site.model, int(longest[k]), fleet, options))
+    return allowed
 
 
-def _no_endpoint(path: str, model: str | None, longest: int, fleet: Fleet) -> str:
+def _no_endpoint(
+    path: str, model: str | None, longest: int, fleet: Fleet, options: Sequence[tuple[int, int]]
+) -> str:
     """Return why no endpoint can serve a call site."""
-    serving = [e for e in fleet.endpoints if model in (None, e.model)]
+    serving = [one for one in options if model in (None, fleet.endpoints[one[0]].model)]
     if not serving:
         offered = ", ".join(sorted({e.model for e in fleet.endpoints}))
         return f"call site {path!r} asks for model {model!r}; fleet {fleet.name!r} serves {offered}"
-
-    def room(endpoint: Endpoint) -> int:
-        return min(endpoint.kv_tokens, endpoint.max_model_len)
-
-    best = max(serving, key=room)
+    best = max(serving, key=lambda option: _room(fleet, option))
+    room = _room(fleet, best)
+    limit = "max_model_len" if room < fleet.endpoints[best[0]].kv_tokens else "its KV cache"
     return (
         f"call site {path!r} needs {longest} tokens of context; the largest endpoint that serves "
-        f"its model, {best.id!r}, holds {room(best)}"
+        f"its model, {fleet.endpoints[best[0]].id!r}, holds {room} ({limit})"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Ticks (T, M, L), work (K, M, L), work of prefill lanes (K, M), idle seconds by (call, M)."""
+
+    ticks: Ints
+    work: Floats
+    lane: Floats
+    idle_s: Floats
+
+
+def _times(
+    fleet: Fleet,
+    estimates: EstimateTable,
+    options: Sequence[tuple[int, int]],
+    grids: Sequence[Sequence[int]],
+    calls: Calls,
+    tasks: int,
+    sites: int,
+) -> _Times:
+    depth = max(map(len, grids))
+    ticks = np.zeros((tasks, len(options), depth), dtype=np.int64)
+    work = np.zeros((sites, len(options), depth))
+    lane = np.zeros((sites, len(options)))
+    idle = np.zeros((calls.task.size, len(options)))
+    rows = [estimates.endpoints.get(e.id, e.latency) for e in fleet.endpoints]
+    # Fleets repeat few kinds of endpoints; what depends on the kind alone is computed once.
+    made: dict[object, tuple[Floats, Floats]] = {}
+    for m, (i, p) in enumerate(options):
+        prefill, decode = fleet.endpoints[p], fleet.endpoints[i]
+        for position, level in enumerate(grids[i]):
+            link = min(prefill.link_gb_s, decode.link_gb_s) if p >= 0 else 0.0
+            key = (rows[i], level, rows[p] if p >= 0 else None, link)
+            if key not in made:
+                if p < 0:
+                    busy = whole_s(rows[i], level, calls)
+                    seconds = busy
+                else:
+                    first, busy = pair_s(rows[p], rows[i], level, calls)
+                    seconds = first + transfer_s(prefill, decode, calls) + busy
+                made[key] = busy, seconds
+            busy, seconds = made[key]
+            np.add.at(work[:, m, position], calls.site, busy * calls.weight)
+            ticks[calls.task, m, position] = _ticks(seconds)
+            if position == 0:
+                idle[:, m] = seconds
+        if p >= 0:
+            first, _ = pair_s(rows[p], rows[i], 1, calls)
+            np.add.at(lane[:, m], calls.site, first * calls.weight)
+    return _Times(ticks, work, lane, idle)
+
+
+def _ticks(seconds: Floats) -> Ints:
+    """Return `duration_to_ticks` by element."""
+    return np.array([duration_to_ticks(value, PLAN_TICK_S) for value in seconds], dtype=np.int64)
+
+
+def _task_sites(
+    samples: Sequence[Sequence[RunSpec]], index: Sequence[dict[str, int]]
+) -> tuple[int, ...]:
+    return tuple(
+        -1 if task.site is None else own[task.site]
+        for runs, own in zip(samples, index, strict=True)
+        for run in runs
+        for task in run.tasks
+    )
+
+
+def _memory(
+    fleet: Fleet,
+    estimates: EstimateTable,
+    samples: Sequence[Sequence[RunSpec]],
+    index: Sequence[dict[str, int]],
+    sites: Sequence[tuple[Demand, str, CallSite]],
+    options: Sequence[tuple[int, int]],
+    calls: Calls,
+    times: _Times,
+    delay_s: Floats,
+    rate: float,
+    cap: float,
+) -> Memory:
+    count, whole = len(sites), np.array([prefill < 0 for _, prefill in options])
+    static, prefix, prefix_tokens = _prefixes(sites, estimates)
+    serves = np.array(
+        [
+            [site.model in (None, fleet.endpoints[i].model) for i, _ in options]
+            for _, _, site in sites
+        ]
+    ).reshape(count, len(options))
+    use = (serves & whole)[calls.site]
+    idle_s = delay_s.copy()
+    chosen = np.maximum(use.sum(axis=1), 1)
+    idle_s[calls.task] = (times.idle_s * use).sum(axis=1) / chosen
+    gap_s = session_gaps(samples, index, idle_s)
+
+    def per_site(values: Floats) -> Floats:
+        total = np.zeros(count)
+        np.add.at(total, calls.site, values * calls.weight)
+        return total
+
+    context = calls.cached + calls.uncached
+    decoded = np.maximum(per_site(calls.output), 1e-12)
+    active = per_site(calls.output * (context + calls.output / 2)) / decoded - static
+    visits, later = per_site(np.ones(context.size)), per_site(calls.session.astype(float))
+    after = per_site(context + calls.output) / np.maximum(visits, 1e-12)
+    cold, lost = np.zeros_like(times.ticks[:, :, 0]), np.zeros_like(times.ticks[:, :, 0])
+    cold_work, lost_work = np.zeros((count, len(options))), np.zeros((count, len(options)))
+    for m, (i, p) in enumerate(options):
+        if p >= 0:
+            continue
+        endpoint = fleet.endpoints[i]
+        extra = extra_s(estimates.endpoints.get(endpoint.id, endpoint.latency), calls)
+        cold[calls.task, m] = _ticks(np.where(calls.session, 0.0, extra))
+        lost[calls.task, m] = _ticks(np.where(calls.session, extra, 0.0))
+        cold_work[:, m] = per_site(np.where(calls.session, 0.0, extra))
+        lost_work[:, m] = per_site(np.where(calls.session, extra, 0.0))
+    return Memory(
+        tokens=np.array([int(cap * e.kv_tokens + 1e-9) for e in fleet.endpoints], dtype=np.int64),
+        active_tokens=np.maximum(active, 0.0),
+        prefix=prefix,
+        prefix_tokens=prefix_tokens,
+        held_tokens=np.where(later > 0, rate * visits * after * gap_s, 0.0),
+        visits=visits,
+        later=later,
+        gap_s=gap_s,
+        context_tokens=after,
+        cold_ticks=cold,
+        lost_ticks=lost,
+        cold_work_s=cold_work,
+        lost_work_s=lost_work,
+        whole=whole,
+    )
+
+
+def _prefixes(
+    sites: Sequence[tuple[Demand, str, CallSite]], estimates: EstimateTable
+) -> tuple[Floats, Ints, Ints]:
+    """Return static tokens by site, the prefix of each site, and the tokens of each prefix."""
+    static = np.zeros(len(sites))
+    groups: dict[str, int] = {}
+    prefix = np.full(len(sites), -1, dtype=np.int64)
+    tokens: list[int] = []
+    for k, (demand, path, site) in enumerate(sites):
+        own = estimates.workflows.get(demand.workflow.content_hash, WorkflowEstimate())
+        static[k] = round(site_estimate(site, path, own, estimates).shared_prefix_tokens)
+        if static[k] > 0:
+            name = site.static_prefix_hash or f"{demand.workflow.content_hash}:{path}"
+            if name not in groups:
+                groups[name] = len(tokens)
+                tokens.append(0)
+            prefix[k] = groups[name]
+            tokens[prefix[k]] = max(tokens[prefix[k]], int(static[k]))
+    return static, prefix, np.array(tokens, dtype=np.int64)

@@ -29,7 +29,8 @@ from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import criticality
 from planner.solve.bounds import carried_rate_rps
-from planner.solve.instance import Instance, build_instance
+from planner.solve.instance import build_instance
+from planner.solve.question import Instance
 
 __all__ = ["capacity_prices", "instance_prices", "site_criticality"]
 
@@ -82,13 +83,16 @@ def instance_prices(instance: Instance, site_weights: Mapping[str, float]) -> di
     for k in np.flatnonzero(instance.work_s.max(axis=(1, 2)) > 0).tolist():
         weight = site_weights.get(instance.sites[k], 1.0)
         flows = []
-        for i in np.flatnonzero(instance.allowed[k]).tolist():
+        for m in np.flatnonzero(instance.allowed[k]).tolist():
+            i, p = int(instance.option_endpoint[m]), int(instance.option_prefill[m])
             for n in range(len(instance.levels[i])):
-                work = float(instance.work_s[k, i, n])
-                flow = model.new_num_var(0.0, 1.0, f"flow_{k}_{i}_{n}")
+                work, lane = float(instance.work_s[k, m, n]), float(instance.lane_work_s[k, m])
+                flow = model.new_num_var(0.0, 1.0, f"flow_{k}_{m}_{n}")
                 flows.append(flow)
-                cost.append(weight * work * flow)
+                cost.append(weight * (work + lane) * flow)
                 load.setdefault((i, n), []).append(instance.arrival_rate_rps * work * flow)
+                if p >= 0:
+                    load.setdefault((p, 0), []).append(instance.arrival_rate_rps * lane * flow)
         model.add_linear_constraint(sum(flows), lb=1.0, ub=1.0)
     rows = {}
     for (i, n), terms in load.items():

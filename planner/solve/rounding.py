@@ -6,13 +6,17 @@ milliseconds; the descent of `planner.solve.heuristics`, which lets levels follo
 Where a site is divided, its faster endpoints go to the classes of lower number for all sites
 alike: chains that meet at a join are then slow in the same classes, which keeps the mean of the
 maximum low.
+
+The descent looks at the mean; other objectives start from its plan. Questions with prefill/decode
+pairs are left to `planner.solve.heuristics`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from planner.solve.instance import Instance, Ints
+from planner.solve.arrays import Ints
+from planner.solve.question import Instance
 from planner.solve.relaxation import Relaxation
 from planner.solve.timing import Timing
 
@@ -38,7 +42,9 @@ def rounded_placements(
     best is further from the bound than ``relative_gap``, it is disturbed at random and improved
     again.
     """
-    target = relaxed.bound_ticks / max(1e-9, 1.0 - relative_gap)
+    if instance.pairs:
+        return None
+    target = relaxed.mean_aim / max(1e-9, 1.0 - relative_gap)
     best: tuple[int, Ints, _Descent] | None = None
     spent = 0.0
     for levels in _level_choices(instance, relaxed):

@@ -7,9 +7,10 @@ import pytest
 
 from planner.cli.bench_questions import random_fleet, random_workflow
 from planner.graph.sampling import scenarios
-from planner.solve.bounds import carried_rate_rps, critical_path_ticks
+from planner.solve.bounds import carried_rate_rps, critical_path_cost
 from planner.solve.heuristics import greedy_solution
 from planner.solve.instance import Instance, build_instance
+from planner.solve.objective import Goal
 from planner.solve.relaxation import relax
 from planner.solve.rounding import rounded_placements
 from planner.solve.solver import solve_instance
@@ -40,14 +41,15 @@ def question(seed: int, load: float) -> tuple[Instance, Timing]:
 def test_rounded_plans_lie_above_the_bound(seed: int, load: float) -> None:
     """Critical path <= relaxation <= rounded plan, which is near it and reproducible."""
     instance, timing = question(seed, load)
-    relaxed = relax(instance, timing)
+    goal = Goal(instance)
+    relaxed = relax(instance, timing, goal)
     assert relaxed is not None
-    assert critical_path_ticks(instance, timing) <= relaxed.bound_ticks + 1
+    assert critical_path_cost(instance, timing, goal) <= relaxed.bound + 1
     placements = rounded_placements(instance, timing, relaxed, relative_gap=0.05)
     assert placements is not None
-    solution = greedy_solution(instance, timing, start=placements)
+    solution = greedy_solution(instance, timing, goal, start=placements)
     assert solution is not None
-    assert relaxed.bound_ticks <= solution.objective_ticks <= 1.25 * relaxed.bound_ticks
+    assert relaxed.bound <= solution.cost <= 1.25 * relaxed.bound
     again = rounded_placements(instance, timing, relaxed, relative_gap=0.05)
     assert np.array_equal(placements, again)
 
@@ -57,8 +59,8 @@ def test_the_bound_holds_for_the_optimum() -> None:
     small = case(fan("a", "b", "c", "d"), fleet(endpoint("e", slots=1), endpoint("f", 2.0)), 0.3,
                  (20, 99, 60, 40), classes=3)  # fmt: skip
     instance = small.instance()
-    relaxed = relax(instance, build_timing(instance))
+    relaxed = relax(instance, build_timing(instance), Goal(instance))
     result = solve_instance(instance, small.runs, budget=EXACT)
     assert result.plan.status == "optimal"
     assert relaxed is not None
-    assert relaxed.bound_ticks <= result.solution.objective_ticks
+    assert relaxed.bound <= result.solution.cost

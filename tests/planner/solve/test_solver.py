@@ -16,12 +16,12 @@ from planner.domain.fleet import load_fleet
 from planner.domain.ids import EndpointId, NodeId
 from planner.domain.plan import Plan
 from planner.domain.workflow import START, Branch, Node, Outcome, Workflow
-from planner.solve import solver as solver_module
-from planner.solve.bounds import carried_rate_rps, critical_path_ticks
-from planner.solve.constraints import add_constraints
+from planner.solve import search as search_module
+from planner.solve.bounds import carried_rate_rps, critical_path_cost
 from planner.solve.explain import endpoint_use, runners_up
 from planner.solve.heuristics import greedy_solution
-from planner.solve.objective import mean_latency_s, minimise_latency
+from planner.solve.objective import Goal
+from planner.solve.search import Stage, build_model
 from planner.solve.solver import Budget, PlanResult, solve_plan
 from planner.solve.timing import build_timing
 from planner.solve.variables import Variables
@@ -149,13 +149,14 @@ def test_greedy_plan_is_valid_and_never_beats_the_bound(question: Case) -> None:
     """The greedy plan passes the checker and lies between the bounds and CP-SAT's hands."""
     instance = question.instance()
     timing = build_timing(instance)
-    greedy = greedy_solution(instance, timing)
+    goal = Goal(instance)
+    greedy = greedy_solution(instance, timing, goal)
     if greedy is None:
         return
     result = question.solve()
-    assert mean_latency_s(greedy.objective_ticks, instance) >= result.plan.bound_s - 1e-9
-    assert greedy.objective_ticks >= result.solution.objective_ticks
-    assert greedy.objective_ticks >= critical_path_ticks(instance, timing)
+    assert goal.seconds(greedy.cost) >= result.plan.bound_s - 1e-9
+    assert greedy.cost >= result.solution.cost
+    assert greedy.cost >= critical_path_cost(instance, timing, goal)
     alone = question.solve(Budget(wall_s=1e-9))
     assert_verified(question, alone)
 
@@ -259,10 +260,8 @@ def test_research_workflow_on_the_demo_fleet() -> None:
 def test_the_model_is_valid() -> None:
     """CP-SAT finds nothing to object to in the model."""
     instance = case(fan("a", "b", "c", "d"), fleet(endpoint("e"), endpoint("f")), 0.3).instance()
-    model = cp_model.CpModel()
-    variables = Variables(model, instance, build_timing(instance))
-    add_constraints(model, variables)
-    minimise_latency(model, variables)
+    timing = build_timing(instance)
+    model, _ = build_model(instance, timing, Stage(goal=Goal(instance)), 0)
     assert model.validate() == ""
 
 
@@ -359,7 +358,7 @@ def test_a_spent_budget_gives_the_greedy_plan_or_says_so(monkeypatch: pytest.Mon
     assert result.plan.objective_s == pytest.approx(result.plan.notes["greedy_objective_s"])
     assert 0 < result.plan.bound_s <= result.plan.objective_s
     assert_verified(question, result)
-    monkeypatch.setattr(solver_module, "_first_plan", lambda *_: None)
+    monkeypatch.setattr(search_module, "first_plan", lambda *_: None)
     with pytest.raises(NoSolutionFound, match="raise the time limit"):
         question.solve(Budget(wall_s=1e-9))
     assert question.solve().plan.status == "optimal"
@@ -368,10 +367,10 @@ def test_a_spent_budget_gives_the_greedy_plan_or_says_so(monkeypatch: pytest.Mon
 def test_an_invalid_model_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Status MODEL_INVALID raises `ModelInvalid` with what the solver says."""
 
-    def too_large(model: cp_model.CpModel, v: Variables) -> None:
+    def too_large(model: cp_model.CpModel, v: Variables, *, whole: bool) -> None:
         model.new_int_var(0, 2**62, "big")
 
-    monkeypatch.setattr(solver_module, "add_constraints", too_large)
+    monkeypatch.setattr(search_module, "add_constraints", too_large)
     machines = fleet(endpoint("e", slots=1), endpoint("f", 2.0))
     question = case(fan("a", "b", "c", "d"), machines, 0.3, (20, 99, 60, 40), classes=3)
     with pytest.raises(ModelInvalid, match="domain do not fall"):
