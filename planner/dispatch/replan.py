@@ -104,7 +104,7 @@ class ReplanTrigger:
     band
         Factor by which a rate or an endpoint's speed may differ from the plan's, > 1.
     settle_s
-        How long it has to differ, >= 0.
+        How long it has to differ, and how long arrivals are watched before the first plan, >= 0.
     uncovered
         Share of calls without a row that the table may add before it counts as out of range,
         (0, 1].
@@ -153,6 +153,7 @@ class ReplanTrigger:
         self._basis: PlanBasis | None = None
         self._at_s = -math.inf
         self._outside_since_s: float | None = None
+        self._loaded_since_s: float | None = None
 
     def attempted(self, now_s: float, basis: PlanBasis) -> None:
         """Note that a plan is being made from this state."""
@@ -166,9 +167,12 @@ class ReplanTrigger:
         """
         if not state.up or not any(rate > 0 for rate in state.rates_rps.values()):
             return None
+        if self._loaded_since_s is None:
+            self._loaded_since_s = now_s
         basis = self._basis
         if basis is None:
-            return "start"
+            # A rate read off the first few arrivals would be anything.
+            return "start" if now_s - self._loaded_since_s >= self.settle_s else None
         drifted = self._drifted(now_s, basis, state)
         if now_s - self._at_s < self.least_gap_s:
             return None

@@ -48,10 +48,11 @@ def test_each_cause_has_its_reason(at_s: float, state: PlanBasis, reason: str | 
 
 
 def test_the_first_plan_waits_for_the_first_arrival() -> None:
-    """Without arrivals of a known workflow nothing is due; with them the first plan is."""
+    """Nothing is due without arrivals; with them the first plan is, once a rate can be told."""
     one = trigger()
     assert one.due(50.0, PlanBasis(up=frozenset("a"))) is None
-    assert one.due(50.0, basis()) == "start"
+    assert one.due(60.0, basis()) is None
+    assert one.due(80.0, basis()) == "start"
 
 
 @pytest.mark.parametrize("drifted", [basis(rate=2.0), basis(rate=0.4), basis(speed=1.6)])
