@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
 from planner.domain.ids import EndpointId
+from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, TraceRecord
 from planner.domain.workflow import START, Workflow
 from planner.graph.sampling import scenarios
@@ -42,16 +43,21 @@ from runtime.admission import Admission
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.dispatcher import Dispatcher, Moved, Ticket
-from runtime.fingerprint import TokenScale
+from runtime.endings import EndForecast
+from runtime.fingerprint import Prompt, TokenScale
 from runtime.fleets import FleetChange, merge, present
 from runtime.guard import Guard, Patience
 from runtime.health import Breaker
-from runtime.identity import Identity
-from runtime.limits import ANYONE, Limits, Tenancy, Tenant
+from runtime.hints import Hints, read_hints
+from runtime.identity import Identity, identify
+from runtime.keys import KeyedTenancy
+from runtime.limits import ANYONE, Limits, Tenant
 from runtime.metrics import GatewayMetrics
 from runtime.recent import RecentWork
 from runtime.runs import Run, RunBook
+from runtime.scraping import Scraper
 from runtime.traces import TraceWriter
+from runtime.tracing import NoTracing, Tracing
 
 __all__ = ["Control", "limits_of"]
 
@@ -80,6 +86,8 @@ class Control:
         Made from the dilation if None.
     tenancy
         Tells tenants apart; None takes everybody as one.
+    tracing
+        Makes spans; None makes none.
 
     Raises
     ------
@@ -97,7 +105,8 @@ class Control:
         table: DispatchTable | None = None,
         config: GatewayConfig | None = None,
         clock: Clock | None = None,
-        tenancy: Tenancy | None = None,
+        tenancy: KeyedTenancy | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         _check_addresses(fleet)
         self.fleet = fleet
@@ -105,16 +114,19 @@ class Control:
         self.config = config or GatewayConfig()
         self.clock = clock or Clock(self.config.dilation)
         self.models = tuple(dict.fromkeys(endpoint.model for endpoint in fleet.endpoints))
-        self.metrics = GatewayMetrics()
+        self.metrics = GatewayMetrics(label_limit=self.config.label_limit)
         self.scale = TokenScale()
         self.runs = RunBook()
-        self.tenancy: Tenancy = tenancy or _Everybody()
+        self.tenancy = tenancy or KeyedTenancy()
+        self.tracing: Tracing = tracing or NoTracing()
+        self.scraper = Scraper(self.config.scrape_stale_s)
         self.admission = Admission(
             limits_of(self.config), now_s=time.monotonic, refused=self.metrics.rejections.inc
         )
         self.guard = Guard(fleet.endpoints, self.config, self.clock, self.metrics)
         self.guard.switch = self
         self._forecaster = Forecaster(estimates or EstimateTable(), seed=self.config.seed)
+        self.endings = EndForecast(self._forecaster.estimates)
         self._workflows: dict[str, Workflow] = {}
         self._by_name: dict[str, Workflow] = {}
         self._arrivals: dict[str, ArrivalForecast] = {}
@@ -159,6 +171,11 @@ class Control:
         return self._table
 
     @property
+    def table_version(self) -> str:
+        """Its version, or an empty string."""
+        return self._table_version
+
+    @property
     def estimates(self) -> EstimateTable:
         """The forecasts, as given."""
         return self._forecaster.estimates
@@ -198,7 +215,7 @@ class Control:
         """
         self._set_table(table)
         self._table_since_s = self.clock.now_s()
-        self._activate(self._table)
+        self._activate(table)
 
     def set_fleet(self, wanted: Fleet) -> FleetChange:
         """Serve with these endpoints from now on; calls in flight end where they are.
@@ -217,6 +234,8 @@ class Control:
         here = present(change.fleet, change.absent).endpoints
         self.models = tuple(dict.fromkeys(endpoint.model for endpoint in here))
         self.guard.refit(change.fleet.endpoints)
+        for index in (*change.left, *change.moved):
+            self.scraper.forget(index)
         self.router.refit(change.fleet)
         for index in change.left:
             self._dispatcher.endpoint_down(index)
@@ -232,6 +251,13 @@ class Control:
     def reconfigure(self, config: GatewayConfig) -> None:
         """Go on with other settings; those read at the start only stay as they were."""
         self.config = self.guard.config = config
+        self.scraper.stale_s = config.scrape_stale_s
+        self.admission.set_limits(limits_of(config), self.tenancy.tenants)
+
+    def set_tenancy(self, tenancy: KeyedTenancy) -> None:
+        """Tell tenants apart by other keys; calls under way go on."""
+        self.tenancy = tenancy
+        self.admission.set_limits(limits_of(self.config), tenancy.tenants)
 
     def set_trace(self, path: Path | None, **header: Any) -> None:
         """Close the trace in use, if any, and open another one, if any.
@@ -267,6 +293,7 @@ class Control:
         self._forecaster.add_workflow(workflow, seed=self.config.seed)
         self._workflows[key] = workflow
         estimate = self._forecaster.estimates.workflows.get(key)
+        runs: Sequence[RunSpec] = ()
         if estimate is not None:
             runs = scenarios(
                 workflow,
@@ -276,12 +303,17 @@ class Control:
                 defaults=self._forecaster.estimates,
             )
             self._arrivals[key] = ArrivalForecast(runs, self.fleet)
+        self.endings.add_workflow(workflow, runs)
 
     def close(self) -> None:
         """Write the records of runs still open, and close the trace."""
-        for record in self.runs.expire(float("inf"), 0.0):
-            self._write(record)
+        for run in self.runs.active():
+            self._end_span(run, "ok")
+            record = self.runs.end(run.run_id, run.last_s, "ok")
+            if record is not None:
+                self._write(record)
         self.set_trace(None)
+        self.tracing.close()
 
     # Calls
 
@@ -301,6 +333,8 @@ class Control:
             endpoint_id = self.fleet.endpoints[send.endpoint].id
             self.metrics.decisions.inc(self.router.policy.name, send.reason)
             self.metrics.selected.inc(endpoint_id)
+            if call.prompt_tokens > 0:
+                self.metrics.prefix_match.observe(send.cached_tokens / call.prompt_tokens)
             if self.recent is not None and call.workflow_hash in self._workflows:
                 self.recent.decided(covered=send.reason != "fallback")
             return ticket
@@ -356,7 +390,72 @@ class Control:
             if model is None or state.endpoint.model == model
         )
 
-    def run_of(self, identity: Identity) -> Run:
+    def identify(
+        self, headers: Mapping[str, str], payload: Mapping[str, Any], prompt: Prompt, tenant: Tenant
+    ) -> Identity:
+        """Return who sent a request; names of one tenant are never those of another."""
+        found = identify(
+            headers,
+            payload,
+            prompt,
+            session_headers=self.config.session_headers,
+            session_fields=self.config.session_fields,
+        )
+        if tenant is ANYONE:
+            return found
+        return replace(
+            found,
+            run_id=_owned(tenant, found.run_id),
+            parent_id=found.parent_id and _owned(tenant, found.parent_id),
+        )
+
+    def hints(self, headers: Mapping[str, str], payload: Mapping[str, Any]) -> Hints:
+        """Return what a request says of itself; what makes no sense is counted."""
+        hints = read_hints(headers, payload, self.config.hint_sources)
+        for name in hints.ignored:
+            self.metrics.hints_ignored.inc(name)
+        return hints
+
+    def begin_call(self, identity: Identity, tenant: Tenant) -> Run:
+        """Return the run of a call that arrives now, with the call counted."""
+        known = self.runs.find(identity.run_id)
+        if known is not None and known.calls and not known.open_calls:
+            self.endings.paused(known, self.clock.now_s() - known.last_s)
+        run = self.run_of(identity, tenant.name)
+        run.node, run.visit = identity.node or run.node, identity.visit
+        run.calls += 1
+        run.open_calls += 1
+        return run
+
+    def resume_run(self, run: Run) -> None:
+        """Go on with a run that was in progress before a restart."""
+        if self.runs.find(run.run_id) is None:
+            self.runs.add(run)
+            self._begun(run)
+
+    def _begun(self, run: Run) -> None:
+        facts = {"run_id": run.run_id, "workflow_hash": run.workflow_hash, "source": run.source}
+        run.span = self.tracing.start("run", facts)
+        now_s = self.clock.now_s()
+        if self.recent is not None:
+            self.recent.arrived(run.run_id, run.workflow_hash, now_s)
+        self._tell(
+            RunStarted(
+                run_id=run.run_id,
+                workflow_hash=run.workflow_hash,
+                now_s=now_s,
+                tenant=run.tenant,
+            )
+        )
+
+    def _end_span(self, run: Run | None, status: str) -> None:
+        if run is not None and run.span is not None:
+            run.span.set_attribute("almanac.status", status)
+            run.span.set_attribute("almanac.calls", run.calls)
+            run.span.end()
+            run.span = None
+
+    def run_of(self, identity: Identity, tenant: str = ANYONE.name) -> Run:
         """Return the run a call or event belongs to, starting it if it is new."""
         now_s = self.clock.now_s()
         run = self.runs.find(identity.run_id)
@@ -367,8 +466,13 @@ class Control:
             key = workflow.content_hash if workflow else given
             forecast_s = self._run_forecast(key)
             kept = self._runs_kept.get(key)
+            parent = self.runs.find(identity.parent_id) if identity.parent_id else None
             run = Run(
                 run_id=identity.run_id,
+                tenant=tenant,
+                parent_id=identity.parent_id,
+                source=identity.source,
+                since_s=now_s if parent is None else parent.since_s,
                 workflow=workflow.name if workflow else "",
                 workflow_hash=key,
                 session_id=identity.session_id,
@@ -382,16 +486,40 @@ class Control:
                 last_s=now_s,
             )
             self.runs.add(run)
-            if self.recent is not None:
-                self.recent.arrived(run.run_id, key, now_s)
-            self._tell(RunStarted(run_id=run.run_id, workflow_hash=key, now_s=now_s))
+            self._begun(run)
         run.last_s = now_s
         return run
 
+    def end_session(self, name: str, tenant: Tenant) -> int:
+        """End the runs in progress that are, or belong to, what a client calls by a name.
+
+        Returns
+        -------
+        int
+            How many ended; 0 for a name nobody has, which is no error.
+        """
+        own = name if tenant is ANYONE else _owned(tenant, name)
+        ended = [
+            run.run_id
+            for run in self.runs.active()
+            if run.run_id == own or (run.session_id == name and run.tenant == tenant.name)
+        ]
+        return sum(self.end_run(run_id) for run_id in ended)
+
     def end_run(self, run_id: str, status: str = "ok") -> bool:
-        """End a run; return whether it was in progress."""
+        """End a run, and those it started that have nothing under way.
+
+        Returns
+        -------
+        bool
+            Whether it was in progress.
+        """
         now_s = self.clock.now_s()
         run = self.runs.find(run_id)
+        for child in reversed(self.runs.below(run_id)):
+            if not child.open_calls:
+                self.end_run(child.run_id, status)
+        self._end_span(run, status)
         record = self.runs.end(run_id, now_s, status)
         if record is None:
             return False
@@ -405,26 +533,33 @@ class Control:
     def expire_runs(self) -> None:
         """End the runs nothing was heard of for long."""
         now_s = self.clock.now_s()
-        for record in self.runs.expire(now_s, self.config.run_idle_s):
+        idle_s, done_s = self.config.run_idle_s, self.config.run_done_idle_s
+        silent = {run.run_id: run for run in self.runs.active()}
+        for record in self.runs.expire(
+            now_s, lambda run: self.endings.patience_s(run, idle_s=idle_s, done_s=done_s)
+        ):
+            self._end_span(silent[record.run_id], "silent")
             self._write(record)
             self._tell(RunEnded(run_id=record.run_id, now_s=now_s))
 
-    def take_events(self, events: Sequence[Any]) -> int:
+    def take_events(self, events: Sequence[Any], tenant: Tenant = ANYONE) -> int:
         """Apply lifecycle events; return how many were understood. The others are counted."""
         taken = 0
         for event in events:
             kind = event.get("type") if isinstance(event, dict) else None
-            understood = kind in _EVENTS and self._take(kind, event)
+            understood = kind in _EVENTS and self._take(kind, event, tenant)
             taken += understood
             self.metrics.events.inc(
                 str(kind) if kind in _EVENTS else "unknown", str(understood).lower()
             )
         return taken
 
-    def _take(self, kind: str, event: dict[str, Any]) -> bool:
+    def _take(self, kind: str, event: dict[str, Any], tenant: Tenant) -> bool:
         run_id = _text(event, "run_id")
         if not run_id:
             return False
+        if tenant is not ANYONE:
+            run_id = _owned(tenant, run_id)
         if kind == "run_end":
             return self.end_run(run_id, _status(event))
         if kind == "run_start" and event.get("resumed") is True:
@@ -434,7 +569,9 @@ class Control:
                 run_id=run_id,
                 workflow=_text(event, "workflow_hash") or _text(event, "workflow"),
                 session_id=_text(event, "session_id") or None,
-            )
+                source="run",
+            ),
+            tenant.name,
         )
         run.workflow = run.workflow or _text(event, "workflow")
         run.workflow_hash = run.workflow_hash or _text(event, "workflow_hash")
@@ -572,6 +709,7 @@ class Control:
                     "context_tokens": round(state.context_tokens, 1),
                     "prefix_tokens": round(state.prefix.held_tokens, 1),
                     "latency": self._latency(state.index),
+                    "engine": self.scraper.to_json(state.index, self.clock.now_s()),
                 }
                 for state in self.router.view.states
                 if state.index not in self.absent
@@ -597,7 +735,7 @@ class Control:
         name, parameters = parse_policy(text)
         policy: Policy
         if name == Planned.name:
-            given: dict[str, Any] = {**parameters, "table": self._table}
+            given: dict[str, Any] = {**parameters, "table": self._spread(self._table)}
             policy = make_policy(name, seed=self.config.seed, **given)
         else:
             policy = make_policy(name, seed=self.config.seed, **parameters)
@@ -616,18 +754,19 @@ class Control:
 
     def _set_table(self, table: DispatchTable) -> None:
         table.check_fleet(present(self.fleet, self.absent))
-        self._table, self._table_version = self._spread(table), table.version
+        self._table, self._table_version = table, table.version
 
-    def _spread(self, table: DispatchTable) -> DispatchTable:
+    def _spread(self, table: DispatchTable | None) -> DispatchTable | None:
+        """Return a table as the router reads it, in the order of all places of the fleet."""
         ids = tuple(str(endpoint.id) for endpoint in self.fleet.endpoints)
-        return table if ids == table.endpoints else table.spread(ids)
+        return table if table is None or ids == table.endpoints else table.spread(ids)
 
     def _activate(self, table: DispatchTable | None) -> None:
-        """Give the router a table in use already, or none."""
-        self._table = None if table is None else self._spread(table)
+        """Give the router a table that was checked, or none."""
+        self._table = table
         self._table_version = "" if table is None else table.version
         if isinstance(self.router.policy, Planned):
-            self.router.policy.table = self._table
+            self.router.policy.table = self._spread(table)
             self._dispatcher.table_version = self._table_version
 
     def _ended(self, record: CallRecord) -> None:
@@ -686,11 +825,9 @@ def _check_addresses(fleet: Fleet) -> None:
             )
 
 
-class _Everybody:
-    """The tenancy of a gateway without keys."""
-
-    def of(self, _headers: Mapping[str, str]) -> Tenant:
-        return ANYONE
+def _owned(tenant: Tenant, name: str) -> str:
+    """Return a run's id as it is known here: clients of two tenants may choose the same."""
+    return f"{tenant.name}/{name}"
 
 
 def limits_of(config: GatewayConfig) -> Limits:

@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from planner.domain.estimates import EstimateTable
+from planner.domain.ids import NodeId
 from planner.domain.run import RunSpec
 from planner.domain.workflow import END, Workflow
 from runtime.runs import Run
@@ -117,16 +118,17 @@ class EndForecast:
     def _ahead(self, run: Run) -> _Ahead | None:
         """Return what may follow the node the run was in last; None if that is not known."""
         workflow = self._workflows.get(run.workflow_hash)
-        if workflow is None or run.node not in workflow.successors:
+        start = NodeId(run.node)
+        if workflow is None or start not in workflow.successors:
             return None
         kinds = {node.id: node.kind for node in workflow.nodes}
         ahead = _Ahead()
-        waiting, seen = [run.node], {run.node}
+        waiting, seen = [start], {start}
         while waiting:
             for after in workflow.successors.get(waiting.pop(), ()):
                 if after == END or after in seen:
                     # A loop back to the node itself brings its call again.
-                    ahead.calls |= after == run.node and kinds.get(after) == "llm"
+                    ahead.calls |= after == start and kinds.get(after) == "llm"
                     continue
                 seen.add(after)
                 kind = kinds[after]

@@ -11,7 +11,7 @@ Only sizes and hashes leave this module, never text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -149,6 +149,23 @@ class TokenScale:
             return
         old_bytes, old_tokens = self._sums.get(model, (0.0, 0.0))
         self._sums[model] = (_FORGET * old_bytes + size_bytes, _FORGET * old_tokens + tokens)
+
+    def to_json(self) -> list[list[Any]]:
+        """Return what was learned, JSON-ready."""
+        return [[model, *sums] for model, sums in self._sums.items()]
+
+    def restore(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Take up what `to_json` returned.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If it is something else.
+        """
+        for model, size_bytes, tokens in rows:
+            sums = (float(size_bytes), float(tokens))
+            if min(sums) > 0:
+                self._sums[model] = sums
 
     def tokens(self, prompt: Prompt, model: str | None) -> tuple[int, float]:
         """Return the prompt's length in tokens (>= 1) and the tokens per item of its chain."""

@@ -38,10 +38,11 @@ from runtime.control import Control
 from runtime.dispatcher import Ticket
 from runtime.fingerprint import Prompt, read_prompt
 from runtime.guard import Patience
-from runtime.identity import identify
+from runtime.hints import deadline_s, head_start_s
 from runtime.limits import Tenant
 from runtime.runs import Run
 from runtime.timeouts import Watch
+from runtime.tracing import SpanLike
 from runtime.wire import DONE, ApiError, SseTap, Usage, error_body, read_usage, sse, with_fields
 
 __all__ = [
@@ -60,6 +61,9 @@ _log = logging.getLogger(__name__)
 _CHAT = "/v1/chat/completions"
 _USAGE_ON_REQUEST = frozenset({_CHAT, "/v1/completions"})
 """Routes that take ``stream_options`` and end a stream with ``[DONE]``."""
+_SALTED = frozenset({_CHAT, "/v1/completions", "/v1/responses"})
+"""Routes whose prompts are cached by prefix, and that take a ``cache_salt``."""
+_LONGEST_ID = 200
 
 
 class EndpointUnreachable(EndpointFailed):
@@ -196,7 +200,7 @@ class _Tries:
     last: _Failed | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _Request:
     path: str
     body: bytes
@@ -208,6 +212,8 @@ class _Request:
     stream: bool
     adds_usage: bool
     started: float
+    head_start_s: float = 0.0
+    span: SpanLike | None = None
 
     @property
     def has_done(self) -> bool:
@@ -273,7 +279,7 @@ class Forwarder:
             payload = _parse(body)
             asked = _model(payload, control.models)
             model = asked or control.models[0]
-            request = self._request(path, body, payload, headers, passed_on, asked, started)
+            request = self._request(path, body, payload, headers, passed_on, asked, started, tenant)
             answer, code = await self._serve(request, tenant, headers, downstream)
             status = str(code)
         except ApiError as error:
@@ -294,9 +300,16 @@ class Forwarder:
         passed_on: Mapping[str, str],
         model: str | None,
         started: float,
+        tenant: Tenant,
     ) -> _Request:
-        request_id = headers.get("x-request-id") or uuid4().hex
+        given = (headers.get(name) for name in self._control.config.request_id_headers)
+        request_id = next(filter(None, given), "")[:_LONGEST_ID] or uuid4().hex
         stream = bool(payload.get("stream"))
+        if path in _SALTED and not self._control.config.share_prefixes:
+            salt = self._control.tenancy.salt(tenant, payload.get("cache_salt"))
+            if salt is not None:
+                body = with_fields(body, payload, {"cache_salt": salt})
+                payload = {**payload, "cache_salt": salt}
         adds_usage = False
         if stream and path in _USAGE_ON_REQUEST:
             options = payload.get("stream_options")
@@ -329,10 +342,19 @@ class Forwarder:
     ) -> tuple[Answer | None, int]:
         control = self._control
         ready_s = control.clock.now_s()
-        identity = identify(headers, request.payload, request.prompt)
-        run = control.run_of(identity)
-        run.calls += 1
-        run.open_calls += 1
+        identity = control.identify(headers, request.payload, request.prompt, tenant)
+        run = control.begin_call(identity, tenant)
+        hints = control.hints(headers, request.payload)
+        age_s = ready_s - run.since_s
+        ahead_s = head_start_s(hints, age_s=age_s)
+        due_s = deadline_s(hints, age_s=age_s)
+        request.span = span = control.tracing.start(
+            "call",
+            {"run_id": run.run_id, "node": identity.node, "request_id": request.request_id},
+            parent=None if "traceparent" in headers else run.span,
+            headers=headers,
+        )
+        request.head_start_s = ahead_s
         try:
             tokens, per_item = control.scale.tokens(request.prompt, request.model)
             max_tokens = _max_tokens(request.payload)
@@ -350,25 +372,28 @@ class Forwarder:
                 prompt_tokens=tokens,
                 prefix=request.prompt.chain,
                 prefix_tokens=per_item,
-                run_arrival_s=run.arrival_s,
+                run_arrival_s=run.since_s - ahead_s,
                 ready_s=ready_s,
                 visit=identity.visit,
                 max_tokens=max_tokens,
                 session_id=run.session_id,
                 model=request.model,
                 tenant=tenant.name,
+                hinted_tokens=hints.output_tokens,
+                deadline_s=None if due_s is None else due_s + ahead_s,
             )
             asked = Asked(
                 tenant=tenant,
                 begun=run.admitted,
                 service_s=control.service_s(call),
                 tokens=tokens + control.router.forecaster.of(call).output_tokens,
-                priority=tenant.priority,
+                priority=tenant.priority + (hints.priority or 0),
             )
             with await control.admission.enter(asked) as admitted:
                 run.admitted = True
                 return await self._attempts(request, call, identity.attempt, admitted, downstream)
         finally:
+            span.end()
             run.open_calls -= 1
             run.last_s = control.clock.now_s()
             if identity.final:
@@ -498,6 +523,8 @@ class Forwarder:
     ) -> _Begun | None:
         """Send an attempt and wait for its first byte; None if it failed, see ``tries``."""
         async with contextlib.AsyncExitStack() as held:
+            if request.span is not None:
+                held.callback(self._span(request, ticket).end)
             held.enter_context(ticket)
             outcome = await self._first(request, ticket, patience, held)
             if isinstance(outcome, _Begun):
@@ -506,6 +533,24 @@ class Forwarder:
                 return outcome
         self._note(outcome, ticket.call.call_id, tries)
         return None
+
+    def _span(self, request: _Request, ticket: Ticket) -> SpanLike:
+        """Return a span for an attempt: what was decided, and what was forecast."""
+        control, send = self._control, ticket.send
+        return control.tracing.start(
+            "attempt",
+            {
+                "endpoint": control.fleet.endpoints[send.endpoint].id,
+                "policy": control.router.policy.name,
+                "reason": send.reason,
+                "plan": control.table_version,
+                "prompt_tokens": ticket.call.prompt_tokens,
+                "cached_tokens": send.cached_tokens,
+                "predicted_output_tokens": send.predicted_output_tokens,
+                "router_us": ticket.decision_us,
+            },
+            parent=request.span,
+        )
 
     def _note(self, failed: _Failed, call_id: str, tries: _Tries) -> None:
         control = self._control
@@ -558,7 +603,10 @@ class Forwarder:
         endpoint = self._control.fleet.endpoints[index]
         body = request.body
         if endpoint.scheduling == "priority":
-            body = with_fields(body, request.payload, {"priority": ticket.send.priority})
+            # Policies that order by age have the hints in it; others leave the engine's order to
+            # arrival, and so to the hints alone.
+            urgent = ticket.send.priority or -round(request.head_start_s * 1000.0)
+            body = with_fields(body, request.payload, {"priority": urgent})
         upstream = await held.enter_async_context(
             await self._links[index].send(request.path, body, request.headers)
         )
@@ -570,6 +618,7 @@ class Forwarder:
                 "x-request-id": request.request_id,
                 "x-almanac-endpoint": endpoint.id,
                 "x-almanac-reason": ticket.send.reason,
+                "x-almanac-plan": self._control.table_version,
                 "x-almanac-router-us": f"{ticket.decision_us:.0f}",
             },
             patience=patience,

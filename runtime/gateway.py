@@ -6,11 +6,15 @@ route                                         purpose
 POST /v1/chat/completions, /v1/completions,   scheduled and passed on; unknown fields untouched
 /v1/embeddings, /v1/responses
 GET /v1/models, /v1/models/{id}               the fleet's models
-GET /health, /readiness                       alive; 503 until an endpoint is up
+GET /health, /healthz, /liveness, /readiness  alive; the last one 503 until an endpoint is up
 GET /version, /metrics                        versions; Prometheus text
 POST /almanac/v1/workflows                    register a workflow graph
 POST /almanac/v1/events                       run, tool and branch events
-GET /almanac/v1/diagnostics                   (admin) what the router knows
+POST /finish_session                          {"session_id": ...}: its runs are over
+GET /almanac/v1/diagnostics,                  (admin) what the router knows
+/scheduling/diagnostics
+GET, POST /workers, DELETE /workers/{id}      (admin) list, add, remove endpoints
+POST, DELETE /workers/{id}/drain              (admin) send an endpoint no new calls, or again
 POST /almanac/v1/policy, table, trace         (admin) switch policy, swap table, open a trace
 ============================================  ====================================================
 
@@ -21,12 +25,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,12 +40,13 @@ from aiohttp.typedefs import Handler
 from planner import __version__
 from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
-from planner.domain.fleet import Fleet
+from planner.domain.fleet import Fleet, read_endpoint
 from planner.domain.workflow import Workflow
 from runtime.control import Control
 from runtime.endpoints import EndpointLink
-from runtime.fleets import FleetChange
+from runtime.fleets import FleetChange, present
 from runtime.forwarding import ClientGone, Forwarder
+from runtime.keys import bearer, same_key
 from runtime.prometheus import CONTENT_TYPE
 from runtime.transport import bind_problem, open_session
 from runtime.wire import ApiError
@@ -58,7 +63,8 @@ KEPT_BACK = frozenset(
     }
 )  # fmt: skip
 """Request headers that end at the gateway."""
-_EXPIRE_EVERY_S = 5.0
+_KEYS = frozenset({"authorization", "x-api-key"})
+_EXPIRE_EVERY_S = 1.0
 
 
 class Gateway:
@@ -216,13 +222,20 @@ class Gateway:
             [
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{id:.+}", self._model),
-                web.get("/health", self._health),
+                *(web.get(path, self._health) for path in ("/health", "/healthz", "/liveness")),
+                web.post("/finish_session", self._finish_session),
                 web.get("/readiness", self._readiness),
                 web.get("/version", self._version),
                 web.get("/metrics", self._metrics),
                 web.post("/almanac/v1/workflows", self._workflows),
                 web.post("/almanac/v1/events", self._events),
                 web.get("/almanac/v1/diagnostics", self._admin(self._diagnostics)),
+                web.get("/scheduling/diagnostics", self._admin(self._diagnostics)),
+                web.get("/workers", self._admin(self._workers)),
+                web.post("/workers", self._admin(self._add_worker)),
+                web.delete("/workers/{id}", self._admin(self._remove_worker)),
+                web.post("/workers/{id}/drain", self._admin(self._drain)),
+                web.delete("/workers/{id}/drain", self._admin(self._undrain)),
                 web.post("/almanac/v1/policy", self._admin(self._policy)),
                 web.post("/almanac/v1/table", self._admin(self._table)),
                 web.post("/almanac/v1/trace", self._admin(self._trace)),
@@ -238,8 +251,9 @@ class Gateway:
         passed_on = {
             name: value for name, value in headers.items() if name.lower() not in KEPT_BACK
         }
-        if self._is_admin(request):
-            passed_on = {n: v for n, v in passed_on.items() if n.lower() != "authorization"}
+        if self._is_admin(request) or self.control.tenancy.keyed:
+            # Keys of the gateway are none of the endpoints' business.
+            passed_on = {n: v for n, v in passed_on.items() if n.lower() not in _KEYS}
         downstream = _ClientStream(request)
         try:
             answer = await self.forwarder.serve(request.path, body, headers, passed_on, downstream)
@@ -280,17 +294,28 @@ class Gateway:
     # Workflows and events
 
     async def _workflows(self, request: web.Request) -> web.Response:
+        self.control.tenancy.of(request.headers)
         workflow = Workflow.from_json(await _json(request))
         self.control.add_workflow(workflow)
         return web.json_response({"workflow": workflow.name, "hash": workflow.content_hash})
 
     async def _events(self, request: web.Request) -> web.Response:
+        tenant = self.control.tenancy.of(request.headers)
         document = await _json(request)
         events = document.get("events")
         if not isinstance(events, list):
             raise ApiError(400, 'Write {"events": [...]}.', param="events")
-        taken = self.control.take_events(events)
+        taken = self.control.take_events(events, tenant)
         return web.json_response({"taken": taken, "ignored": len(events) - taken})
+
+    async def _finish_session(self, request: web.Request) -> web.Response:
+        tenant = self.control.tenancy.of(request.headers)
+        document = await _json(request)
+        named = (document.get(field) for field in ("session_id", "run_id", "program_id"))
+        name = next(filter(None, named), None)
+        if not isinstance(name, str):
+            raise ApiError(400, 'Write {"session_id": "..."}.', param="session_id")
+        return web.json_response({"ended": self.control.end_session(name, tenant)})
 
     # Admin
 
@@ -310,11 +335,50 @@ class Gateway:
 
     def _is_admin(self, request: web.Request) -> bool:
         key = self.control.config.admin_key
-        given = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
-        return key is not None and hmac.compare_digest(given, f"Bearer {key}".encode())
+        return key is not None and same_key(bearer(request.headers), key)
 
     async def _diagnostics(self, _request: web.Request) -> web.Response:
         return web.json_response(self.control.diagnostics())
+
+    async def _workers(self, _request: web.Request) -> web.Response:
+        return web.json_response({"workers": self.control.diagnostics()["endpoints"]})
+
+    async def _add_worker(self, request: web.Request) -> web.Response:
+        endpoint = read_endpoint(await _json(request), "worker")
+        here = present(self.control.fleet, self.control.absent)
+        if any(one.id == endpoint.id for one in here.endpoints):
+            raise ApiError(409, f"There is a worker `{endpoint.id[:200]}` already.", param="id")
+        self.set_fleet(replace(here, endpoints=(*here.endpoints, endpoint)))
+        return web.json_response({"id": endpoint.id}, status=201)
+
+    async def _remove_worker(self, request: web.Request) -> web.Response:
+        index = self._worker(request)
+        here = present(self.control.fleet, self.control.absent)
+        gone = self.control.fleet.endpoints[index].id
+        rest = tuple(one for one in here.endpoints if one.id != gone)
+        if not rest:
+            raise ApiError(409, "The last worker cannot be removed; drain it instead.")
+        self.set_fleet(replace(here, endpoints=rest))
+        return web.json_response({"id": gone})
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        index = self._worker(request)
+        self.control.drain(index)
+        state = self.control.router.view.states[index]
+        return web.json_response({"id": state.endpoint.id, "in_flight": state.in_flight})
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        index = self._worker(request)
+        self.control.undrain(index)
+        return web.json_response({"id": self.control.fleet.endpoints[index].id})
+
+    def _worker(self, request: web.Request) -> int:
+        """Return the index of the worker that a path names."""
+        name = request.match_info["id"]
+        for index, endpoint in enumerate(self.control.fleet.endpoints):
+            if endpoint.id == name and index not in self.control.absent:
+                return index
+        raise ApiError(404, f"There is no worker `{name[:200]}`.", param="id")
 
     async def _policy(self, request: web.Request) -> web.Response:
         text = (await _json(request)).get("policy")

@@ -64,6 +64,18 @@ class KeyedTenancy:
         """All tenants, in the order of the file."""
         return tuple(one.tenant for one in self._tenants) or (ANYONE,)
 
+    def salt(self, tenant: Tenant, own: Any = None) -> str | None:
+        """Return the ``cache_salt`` that keeps a tenant's cached prefixes to itself.
+
+        None without keys. Derived from the tenant's key, so that no other one can guess it, and
+        from the salt the client sent itself.
+        """
+        for one in self._tenants:
+            if one.tenant is tenant:
+                text = own if isinstance(own, str) else ""
+                return hmac.new(one.digest, b"cache_salt:" + text.encode(), "sha256").hexdigest()
+        return None
+
     def of(self, headers: Mapping[str, str]) -> Tenant:
         """Return the tenant whose key a request bears.
 

@@ -13,13 +13,20 @@ __all__ = ["GatewayMetrics"]
 _LATENCY_S = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640,
 )  # fmt: skip
+_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _OVERHEAD_S = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
 
 class GatewayMetrics:
-    """All metrics of one gateway process; latencies are wall seconds."""
+    """All metrics of one gateway process; latencies are wall seconds.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    label_limit
+        Label combinations of one metric; further ones count as ``other``.
+    """
+
+    def __init__(self, *, label_limit: int = 1000) -> None:
         self.requests = Counter("almanac_requests_total", "Requests answered", ("model", "status"))
         self.duration = Histogram(
             "almanac_request_duration_seconds", "Request to last byte", _LATENCY_S, ("model",)
@@ -88,6 +95,23 @@ class GatewayMetrics:
             "almanac_replans_total", "Plans asked for, by cause and outcome", ("reason", "outcome")
         )
         self.table_age = Gauge("almanac_table_age_seconds", "Since the table in use went live")
+        self.prefix_match = Histogram(
+            "almanac_prefix_match_ratio",
+            "Share of a prompt expected in the cache of its endpoint",
+            _SHARES,
+        )
+        self.hints_ignored = Counter(
+            "almanac_hints_ignored_total", "Hints that could not be read", ("hint",)
+        )
+        self.engine_running = Gauge(
+            "almanac_worker_engine_running", "Running by the engine's own word", ("endpoint",)
+        )
+        self.engine_waiting = Gauge(
+            "almanac_worker_engine_waiting", "Waiting by the engine's own word", ("endpoint",)
+        )
+        self.engine_kv = Gauge(
+            "almanac_worker_kv_usage_ratio", "KV pool in use by the engine's word", ("endpoint",)
+        )
         self._registry = Registry(
             (
                 self.requests, self.duration, self.ttft, self.overhead, self.decisions,
@@ -95,8 +119,10 @@ class GatewayMetrics:
                 self.drift, self.drifting, self.queue, self.runs, self.replans, self.table_age,
                 self.cut, self.hedges, self.breaker, self.transitions, self.draining, self.restarts,
                 self.rejections, self.queue_wait, self.tenant_service, self.tenant_queue,
-                self.fairness,
-            )
+                self.fairness, self.prefix_match, self.hints_ignored, self.engine_running,
+                self.engine_waiting, self.engine_kv,
+            ),
+            label_limit=label_limit,
         )  # fmt: skip
 
     def render(

@@ -6,23 +6,30 @@ Label values are positional, in the order the metric names them; callers keep th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 __all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Registry"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LABEL_LIMIT = 1000
 
 Labels = tuple[str, ...]
 
 
 class _Metric:
     kind = "untyped"
-    __slots__ = ("help", "labels", "name")
+    __slots__ = ("help", "label_limit", "labels", "name")
 
     def __init__(self, name: str, help_: str, labels: Sequence[str] = ()) -> None:
         self.name = name
         self.help = help_
         self.labels = tuple(labels)
+        self.label_limit = _LABEL_LIMIT
+
+    def _capped(self, labels: Labels, known: Sized) -> Labels:
+        """Return the labels to use for a combination that is new."""
+        return labels if len(known) < self.label_limit else ("other",) * len(labels)
 
     def render(self) -> Iterable[str]:
         yield f"# HELP {self.name} {self.help}"
@@ -45,6 +52,8 @@ class Gauge(_Metric):
 
     def set(self, value: float, *labels: str) -> None:
         """Set the value of one label combination."""
+        if labels not in self._values:
+            labels = self._capped(labels, self._values)
         self._values[labels] = value
 
     def clear(self) -> None:
@@ -69,6 +78,8 @@ class Counter(Gauge):
 
     def inc(self, *labels: str, by: float = 1.0) -> None:
         """Add to the value of one label combination."""
+        if labels not in self._values:
+            labels = self._capped(labels, self._values)
         self._values[labels] = self._values.get(labels, 0.0) + by
 
 
@@ -95,7 +106,8 @@ class Histogram(_Metric):
         """Count ``count`` equal observations."""
         row = self._rows.get(labels)
         if row is None:
-            row = self._rows[labels] = [0.0] * (len(self.buckets) + 2)
+            labels = self._capped(labels, self._rows)
+            row = self._rows.setdefault(labels, [0.0] * (len(self.buckets) + 2))
         row[bisect_left(self.buckets, value)] += count
         row[-1] += value * count
 
@@ -113,12 +125,21 @@ class Histogram(_Metric):
 
 
 class Registry:
-    """The metrics of one scrape, in the order given."""
+    """The metrics of one scrape, in the order given.
+
+    Parameters
+    ----------
+    label_limit
+        Label combinations of one metric, so that no client can make it grow without end; further
+        ones are counted together with every label ``other``.
+    """
 
     __slots__ = ("_metrics",)
 
-    def __init__(self, metrics: Iterable[_Metric]) -> None:
+    def __init__(self, metrics: Iterable[_Metric], *, label_limit: int = _LABEL_LIMIT) -> None:
         self._metrics = tuple(metrics)
+        for metric in self._metrics:
+            metric.label_limit = label_limit
 
     def render(self) -> str:
         """Return the exposition text."""

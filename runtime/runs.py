@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from planner.domain.trace import BranchRecord, RunRecord, ToolRecord
+from runtime.tracing import SpanLike
 
 __all__ = ["Run", "RunBook"]
 
@@ -42,6 +43,10 @@ class Run:
         Run that started it, or an empty string.
     source
         How it was recognised, see `runtime.identity.Identity`.
+    since_s
+        Arrival of the run at the top of its family, which the age of its calls goes by.
+    span
+        Its span while it is in progress, or None.
     node, visit
         What the last call came from, as far as it is known.
     """
@@ -60,6 +65,8 @@ class Run:
     tenant: str = "default"
     parent_id: str = ""
     source: str = "run"
+    since_s: float = 0.0
+    span: SpanLike | None = None
     node: str = ""
     visit: int = 0
     tools: dict[tuple[str, int], float] = field(default_factory=dict)

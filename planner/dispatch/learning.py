@@ -18,14 +18,16 @@ they are, so that a few such clients change little.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from planner.dispatch.events import Call, CallFinished
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.online import OnlineLatency, decode_counts, prefill_counts
 from planner.dispatch.view import EndpointState
 from planner.domain.calibration import QuantileTracker
+from planner.domain.latency import LatencyRow
 
 __all__ = ["CorrectedForecaster", "FleetLearner", "Kept"]
 
@@ -135,6 +137,25 @@ class CorrectedForecaster(Forecaster):
         for kept in self.kept:
             kept.update(quantiles.at(kept.tracker.level), output_tokens)
 
+    def to_json(self) -> list[list[Any]]:
+        """Return the corrections by call site, JSON-ready."""
+        return [
+            [*key, ratio.observed, ratio.expected, ratio.calls]
+            for key, ratio in self._ratios.items()
+        ]
+
+    def restore(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Take up corrections that `to_json` returned.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If they are something else.
+        """
+        for workflow_hash, site, *numbers in rows:
+            observed, expected, calls = (float(number) for number in numbers)
+            self._ratios[str(workflow_hash), str(site)] = _Ratio(observed, expected, calls)
+
 
 @dataclass(slots=True)
 class _Meter:
@@ -196,6 +217,13 @@ class FleetLearner:
         self.rows = tuple(OnlineLatency(state.latency) for state in states)
         self._meters = tuple(_Meter() for _ in states)
         self._under: dict[str, _Under] = {}
+
+    def restore(self, index: int, row: LatencyRow) -> None:
+        """Go on from a row that was learned before."""
+        rows = list(self.rows)
+        rows[index] = OnlineLatency(row)
+        self.rows = tuple(rows)
+        self._states[index].latency = row
 
     def refit(self, states: Sequence[EndpointState], anew: Container[int]) -> None:
         """Take up changed states: those at the places ``anew`` are learned from the start."""
