@@ -146,7 +146,7 @@ class GatewayConfig:
         live=False,
     )
     slow_ratio: float = setting(
-        5.0,
+        4.0,
         "faults",
         "times slower than its own usual, against its peers, from which an endpoint is left out",
         least=1.0,

@@ -88,7 +88,7 @@ class HealthRules:
     window_s: float = 30.0
     min_calls: int = 5
     error_share: float = 0.5
-    slow_ratio: float = 5.0
+    slow_ratio: float = 4.0
     max_ejected: float = 0.5
     misses: int = 2
 

@@ -20,6 +20,8 @@ __all__ = ["LearnedLimit", "Watch", "first_byte_s", "step_s", "whole_s"]
 
 _LOOK_S = 1.0
 """Longest time between two looks at a limit that may move."""
+_HELD_UP_S = 0.05
+"""Lateness of a look from which this process itself is taken to have been held up."""
 _UNKNOWN_LENGTH = 20.0
 """Times its forecast length that a whole answer may have before anything was learned of errors."""
 
@@ -128,15 +130,17 @@ class Watch:
         Wall seconds left, asked now and then; <= 0 ends it.
     """
 
-    __slots__ = ("_left_s", "_scope", "_timer")
+    __slots__ = ("_due_s", "_left_s", "_scope", "_timer")
 
     def __init__(self, left_s: Callable[[], float]) -> None:
         self._left_s = left_s
         self._timer: asyncio.TimerHandle | None = None
         self._scope = asyncio.timeout(None)
+        self._due_s = 0.0
 
     async def __aenter__(self) -> Self:
         await self._scope.__aenter__()
+        self._due_s = asyncio.get_running_loop().time()
         self._look()
         return self
 
@@ -152,9 +156,15 @@ class Watch:
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
-        left_s = self._left_s()
+        now_s = loop.time()
+        late_s = now_s - self._due_s
+        # Bytes that came while this process stood still have not been read yet: nobody is blamed
+        # before they are.
+        left_s = late_s if late_s > _HELD_UP_S else self._left_s()
         if left_s <= 0:
             self._timer = None
-            self._scope.reschedule(loop.time())
-        else:
-            self._timer = loop.call_later(min(left_s, _LOOK_S), self._look)
+            self._scope.reschedule(now_s)
+            return
+        wait_s = min(left_s, _LOOK_S)
+        self._due_s = now_s + wait_s
+        self._timer = loop.call_later(wait_s, self._look)

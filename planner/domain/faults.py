@@ -85,6 +85,11 @@ FAULT_KINDS: Mapping[str, _Kind] = {
         for_s=_EVER,
         settings={"factor": (1.3, 0.01, 1000.0), "ramp_s": (600.0, 0.0, _EVER)},
     ),
+    "http_500": _Kind(
+        meaning="a share of inference requests gets 500 at once; /health stays 200",
+        for_s=_EVER,
+        settings={"share": _SHARE},
+    ),
     "http_503": _Kind(
         meaning="a share of inference requests gets 503", for_s=_EVER, settings={"share": _SHARE}
     ),

@@ -339,6 +339,8 @@ class MockEndpoint:
     def _refuse_by_fault(self) -> None:
         if self.draining:
             raise ApiError(503, "The server is shutting down.")
+        if self.board.hits("http_500") is not None:
+            raise _engine_error()
         if self.board.hits("http_503") is not None:
             raise ApiError(503, "The server is overloaded.")
         fault = self.board.hits("http_429")

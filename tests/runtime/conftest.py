@@ -109,16 +109,17 @@ def stack() -> Callable[..., AbstractAsyncContextManager[Stack]]:
         config: dict[str, Any] | None = None,
         mock_config: dict[str, Any] | None = None,
         changes: dict[str, Any] | None = None,
+        dilation: float = DILATION,
         **control: Any,
     ) -> AsyncIterator[Stack]:
         fleet = make_fleet(count, **(changes or {}))
-        mock = MockFleet(fleet, MockConfig(dilation=DILATION, **(mock_config or {})), any_port=True)
+        mock = MockFleet(fleet, MockConfig(dilation=dilation, **(mock_config or {})), any_port=True)
         async with mock:
             state = Control(
                 with_urls(fleet, list(mock.addresses)),
                 policy=policy,
                 config=GatewayConfig(
-                    dilation=DILATION,
+                    dilation=dilation,
                     admin_key=ADMIN_KEY,
                     **({"probe_interval_s": 0.01, "breaker_pause_s": 0.01} | (config or {})),
                 ),
