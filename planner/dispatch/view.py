@@ -7,7 +7,7 @@ is never stale. Policies read it and change nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from planner.domain.fleet import Endpoint
@@ -65,6 +65,16 @@ class PrefixIndex:
         """Forget everything (the endpoint restarted)."""
         self._items.clear()
         self._held = 0.0
+
+    def newest(self, most: int) -> list[tuple[int, float]]:
+        """Return up to ``most`` items with their tokens, the least recently used first."""
+        items = list(self._items.items())
+        return items[max(0, len(items) - most) :]
+
+    def restore(self, items: Iterable[tuple[int, float]]) -> None:
+        """Take up what `newest` returned."""
+        for item, tokens in items:
+            self.record((item,), tokens)
 
     @property
     def held_tokens(self) -> float:
