@@ -36,6 +36,7 @@ HINT_SOURCES = ("almanac", "agentic_context", "nvext", "llm-d", "smg")
 _LEVELS = {
     "critical": 3,
     "high": 1,
+    "interactive": 1,
     "normal": 0,
     "default": 0,
     "standard": 0,

@@ -31,8 +31,8 @@ def run(
     deadline_s
         Hard limit, seconds after the start of the run, > 0.
     priority
-        A class that the gateway knows, for example ``"interactive"``, or a number; a higher number
-        is more urgent.
+        ``"critical"``, ``"interactive"``, ``"normal"``, ``"low"`` or ``"batch"``, or a number; a
+        higher number is more urgent.
     run_id
         Unique id of the run; made up if None.
 
