@@ -128,7 +128,11 @@ class Instrumentation:
 
 
 def instrument(
-    compiled_graph: G, *, workflow: str | None = None, gateway: str | Listener | None = None
+    compiled_graph: G,
+    *,
+    workflow: str | None = None,
+    gateway: str | Listener | None = None,
+    api_key: str | None = None,
 ) -> G:
     """Return a compiled graph whose runs carry an identity; use it in place of the original.
 
@@ -142,6 +146,8 @@ def instrument(
         Address of the Almanac gateway, to which the workflow graph and lifecycle events go in the
         background; or the router of this process that ``almanac.embed`` returned. None sends
         nothing; requests still carry their identity.
+    api_key
+        Key for a gateway that asks for one: the same as the chat model's.
 
     Returns
     -------
@@ -175,7 +181,7 @@ def instrument(
     graph = kind.__new__(kind)
     # A shallow copy: nodes and channels are templates, which a run does not change.
     vars(graph).update(vars(compiled_graph))
-    reporter = Reporter(gateway) if isinstance(gateway, str) else gateway
+    reporter = Reporter(gateway, api_key=api_key) if isinstance(gateway, str) else gateway
     declared = None if ir is None else declared_sites(compiled_graph)
     cast("_Instrumented", graph).almanac = Instrumentation(ir, reporter, declared)
     return cast("G", graph)

@@ -41,6 +41,8 @@ class Reporter:
     ----------
     gateway
         Base address, ``http://host:port``; a trailing ``/v1`` is dropped.
+    api_key
+        Sent as bearer key; None sends none.
     capacity
         Events kept while they cannot be sent; the oldest go first.
     timeout_s
@@ -58,6 +60,7 @@ class Reporter:
         self,
         gateway: str,
         *,
+        api_key: str | None = None,
         capacity: int = 10_000,
         timeout_s: float = 2.0,
         transport: httpx.BaseTransport | None = None,
@@ -65,6 +68,7 @@ class Reporter:
         if not gateway.startswith(("http://", "https://")):
             raise ValueError(f"gateway={gateway!r}: write http://host:port")
         self._base = gateway.rstrip("/").removesuffix("/v1")
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._timeout_s, self._transport = timeout_s, transport
         self._events: deque[Mapping[str, Any]] = deque()
         self._capacity = capacity
@@ -127,7 +131,10 @@ class Reporter:
     def _send_all(self) -> None:
         pause_s = 0.0
         with httpx.Client(
-            base_url=self._base, timeout=self._timeout_s, transport=self._transport
+            base_url=self._base,
+            headers=self._headers,
+            timeout=self._timeout_s,
+            transport=self._transport,
         ) as client:
             while (work := self._next(pause_s)) is not None:
                 workflow, events, last_try = work

@@ -323,6 +323,25 @@ async def test_a_failing_gateway_does_not_disturb(stub: Any, status: int | None)
     assert (app.almanac.reporter.sent, app.almanac.reporter.dropped) == (0, 11)
 
 
+def test_a_gateway_that_asks_for_a_key_gets_it() -> None:
+    """Graph and events bear the key that was given, and no key is sent unasked."""
+    heard: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        heard.append(request.headers.get("authorization"))
+        return httpx.Response(200)
+
+    for api_key in ("secret", None):
+        reporter = Reporter(
+            "http://gateway", api_key=api_key, transport=httpx.MockTransport(answer)
+        )
+        reporter.register({"name": "w"})
+        reporter.emit({"n": 1})
+        reporter.close()
+        assert "secret" not in repr(reporter)
+    assert heard == ["Bearer secret"] * 2 + [None] * 2
+
+
 def test_closing_tries_once_more() -> None:
     """After a failure the graph is kept, and closing sends it without waiting for the pause."""
     tried = threading.Event()
