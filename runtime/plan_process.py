@@ -138,20 +138,15 @@ class PlanProcess:
         process = self._process
         assert process is not None and process.stdin is not None  # noqa: S101, PT018 - just ensured
         self._number += 1
-        self._answer = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(self.limits.deadline_s):
-                process.stdin.write(await asyncio.to_thread(question, self._number))
-                await process.stdin.drain()
-                answer = await self._wait(self._answer)
+                answer = await self._exchange(process.stdin, question)
         except TimeoutError:
             await self._give_up("late")
             raise WorkerFailed(f"late: no answer in {self.limits.deadline_s:g} s") from None
         except (WorkerFailed, ConnectionError) as error:
             await self._give_up(str(error) or "the process ended")
             raise WorkerFailed(str(error) or "the process ended") from error
-        finally:
-            self._answer = None
         self.failures = 0
         return answer
 
@@ -166,6 +161,19 @@ class PlanProcess:
             if reader is not None:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
+
+    async def _exchange(
+        self, stdin: asyncio.StreamWriter, question: Callable[[int], bytes]
+    ) -> dict[str, Any]:
+        answer = self._answer = asyncio.get_running_loop().create_future()
+        try:
+            stdin.write(await asyncio.to_thread(question, self._number))
+            await stdin.drain()
+            return await self._wait(answer)
+        finally:
+            self._answer = None
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # it may have come while something else went wrong
 
     async def _wait(self, answer: asyncio.Future[dict[str, Any]]) -> dict[str, Any]:
         while True:
