@@ -662,6 +662,7 @@ class Control:
         """Return the Prometheus exposition."""
         learner = self.router.learner
         self.guard.gauge()
+        self._gauge_engines()
         self.admission.gauge(self.metrics)
         if self._table is not None:
             self.metrics.table_age.set(self.clock.now_s() - self._table_since_s)
@@ -671,6 +672,22 @@ class Control:
             runs=len(self.runs),
             learned=learner.rows if learner else (),
         )
+
+    def _gauge_engines(self) -> None:
+        """Set what the engines say; what is stale is left out, not shown as it was."""
+        metrics = self.metrics
+        for gauge in (metrics.engine_running, metrics.engine_waiting, metrics.engine_kv):
+            gauge.clear()
+        for index, endpoint in enumerate(self.fleet.endpoints):
+            report = self.scraper.report(index, self.clock.now_s())
+            if report is not None and index not in self.absent:
+                for gauge, value in (
+                    (metrics.engine_running, report.running),
+                    (metrics.engine_waiting, report.waiting),
+                    (metrics.engine_kv, report.kv_usage),
+                ):
+                    if value is not None:
+                        gauge.set(value, endpoint.id)
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the router knows and how good its forecasts are, JSON-ready."""

@@ -145,6 +145,16 @@ class EndpointLink:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
             return None
 
+    async def metrics(self) -> str | None:
+        """Return the text of ``GET /metrics``, None if it does not come within two seconds."""
+        try:
+            async with self._session.get(
+                self._url.with_path("/metrics"), timeout=_PROBE, allow_redirects=False
+            ) as response:
+                return await response.text() if response.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            return None
+
     async def healthy(self) -> bool:
         """Return whether ``GET /health`` answers 200 within two seconds."""
         try:

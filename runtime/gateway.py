@@ -7,7 +7,7 @@ POST /v1/chat/completions, /v1/completions,   scheduled and passed on; unknown f
 /v1/embeddings, /v1/responses
 GET /v1/models, /v1/models/{id}               the fleet's models
 GET /health, /healthz, /liveness, /readiness  alive; the last one 503 until an endpoint is up
-GET /version, /metrics                        versions; Prometheus text
+GET /version, /metrics, /openapi.json         versions; Prometheus text; these routes
 POST /almanac/v1/workflows                    register a workflow graph
 POST /almanac/v1/events                       run, tool and branch events
 POST /finish_session                          {"session_id": ...}: its runs are over
@@ -47,8 +47,10 @@ from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
 from runtime.forwarding import ClientGone, Forwarder
 from runtime.keys import bearer, same_key
+from runtime.openapi import openapi
 from runtime.prometheus import CONTENT_TYPE
-from runtime.transport import bind_problem, open_session
+from runtime.state import Restored, StateFile
+from runtime.transport import bind_problem, open_session, speak_openai
 from runtime.wire import ApiError
 
 __all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card", "tls_context"]
@@ -65,6 +67,7 @@ KEPT_BACK = frozenset(
 """Request headers that end at the gateway."""
 _KEYS = frozenset({"authorization", "x-api-key"})
 _EXPIRE_EVERY_S = 1.0
+_MOST_HEADER_BYTES = 2**20
 
 
 class Gateway:
@@ -78,6 +81,15 @@ class Gateway:
         Where to listen; port 0 takes a free one.
     tls
         See `tls_context`; None serves plain HTTP.
+    state, state_interval_s
+        Where to keep what is learned across restarts, and how often, wall seconds; or None.
+    table_made_s
+        See `StateFile.load`.
+
+    Attributes
+    ----------
+    restored
+        What came back from the state file at the start.
     """
 
     def __init__(
@@ -87,8 +99,16 @@ class Gateway:
         host: str = "127.0.0.1",
         port: int = 8000,
         tls: ssl.SSLContext | None = None,
+        state: StateFile | None = None,
+        state_interval_s: float = 5.0,
+        table_made_s: float | None = None,
     ) -> None:
         self.control = control
+        self._state = state
+        self._state_interval_s = state_interval_s
+        self._table_made_s = table_made_s
+        self._serving = False
+        self.restored = Restored()
         self._tls = tls
         self._host = host
         self._port = port
@@ -126,8 +146,13 @@ class Gateway:
                 handler_cancellation=True,  # a client that leaves cancels its attempt
                 access_log=None,
                 shutdown_timeout=self.control.config.drain_s,
+                # The middleware refuses politely what is larger than allowed; this is the most
+                # the parser takes in at all.
+                max_field_size=_MOST_HEADER_BYTES,
+                max_line_size=_MOST_HEADER_BYTES,
             )
             await self._runner.setup()
+            speak_openai(self._runner)
             self._exits.push_async_callback(self._runner.cleanup)
             try:
                 await web.TCPSite(
@@ -158,6 +183,7 @@ class Gateway:
         """Make the links and look at all endpoints once; return those that did not answer."""
         config = self.control.config
         self._exits.callback(self.control.close)
+        self._exits.callback(self._save_state)
         session = self._session = await self._exits.enter_async_context(
             open_session(
                 connect_timeout_s=config.connect_timeout_s,
@@ -167,6 +193,10 @@ class Gateway:
         self._links = [EndpointLink(endpoint, session) for endpoint in self.control.fleet.endpoints]
         self.forwarder = Forwarder(self.control, self._links)
         answers = await asyncio.gather(*(link.healthy() for link in self._links))
+        if self._state is not None:
+            # Whether an endpoint still is the process it was decides about its cache.
+            await self._scrape()
+            self.restored = self._state.load(table_made_s=self._table_made_s)
         missing = []
         for index, well in enumerate(answers):
             if not well:
@@ -174,10 +204,20 @@ class Gateway:
                 missing.append(str(self._links[index].endpoint.id))
         return missing
 
+    def _save_state(self) -> None:
+        # One that never got to serve has nothing to say, and the file may be another's.
+        if self._state is not None and self._serving:
+            try:
+                self._state.save()
+            except InvalidInput as error:
+                _log.error("state not written", extra={"why": str(error)})
+
     def _watch(self) -> None:
-        for job in (self._probe_loop(), self._expire_loop()):
-            task = asyncio.create_task(job)
-            self._tasks.append(task)
+        self._serving = True
+        jobs = [self._probe_loop(), self._expire_loop(), self._scrape_loop()]
+        if self._state is not None:
+            jobs.append(self._state.keep(self._state_interval_s))
+        self._tasks += [asyncio.create_task(job) for job in jobs]
 
     def set_fleet(self, wanted: Fleet) -> FleetChange:
         """Serve with these endpoints from now on; new ones are taken up once they are well.
@@ -215,7 +255,8 @@ class Gateway:
     def app(self) -> web.Application:
         """Return the routes."""
         app = web.Application(
-            client_max_size=self.control.config.max_body_bytes, middlewares=[_errors]
+            client_max_size=self.control.config.max_body_bytes,
+            middlewares=[_errors, self._limit_headers],
         )
         app.add_routes([web.post(path, self._infer) for path in INFERENCE])
         app.add_routes(
@@ -226,6 +267,7 @@ class Gateway:
                 web.post("/finish_session", self._finish_session),
                 web.get("/readiness", self._readiness),
                 web.get("/version", self._version),
+                web.get("/openapi.json", self._openapi),
                 web.get("/metrics", self._metrics),
                 web.post("/almanac/v1/workflows", self._workflows),
                 web.post("/almanac/v1/events", self._events),
@@ -242,6 +284,14 @@ class Gateway:
             ]
         )
         return app
+
+    @web.middleware
+    async def _limit_headers(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        most = self.control.config.max_header_bytes
+        sizes = [len(name) + len(value) for name, value in request.raw_headers]
+        if sum(sizes) > most or len(request.raw_path) > most:
+            raise ApiError(431, f"The headers are larger than {most} bytes.")
+        return await handler(request)
 
     # Inference
 
@@ -285,6 +335,9 @@ class Gateway:
 
     async def _version(self, _request: web.Request) -> web.Response:
         return web.json_response({"version": __version__})
+
+    async def _openapi(self, _request: web.Request) -> web.Response:
+        return web.json_response(openapi(__version__))
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(
@@ -415,6 +468,29 @@ class Gateway:
         boot_s = await link.booted_s() if well else None
         if link is self._links[index]:  # else it was replaced meanwhile
             self.control.endpoint_probed(index, well=well, boot_s=boot_s)
+
+    async def _scrape_loop(self) -> None:
+        """Read what the engines say of themselves."""
+        while True:
+            every_s = self.control.config.scrape_interval_s
+            await asyncio.sleep(every_s or _EXPIRE_EVERY_S)
+            if every_s:
+                await self._scrape()
+
+    async def _scrape(self) -> None:
+        control = self.control
+        here = [i for i in range(len(self._links)) if i not in control.absent]
+        await asyncio.gather(
+            *(
+                control.scraper.scrape(
+                    index,
+                    self._links[index],
+                    control.clock.now_s(),
+                    pool_tokens=float(control.fleet.endpoints[index].kv_tokens),
+                )
+                for index in here
+            )
+        )
 
     async def _expire_loop(self) -> None:
         while True:

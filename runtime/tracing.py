@@ -10,7 +10,7 @@ Nothing is imported unless `open_tracing` is called. `NoTracing` costs a method 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any, Protocol
 
 from planner.domain.errors import InvalidInput
@@ -147,45 +147,25 @@ def open_tracing(version: str) -> Tracing:
         If OpenTelemetry is not installed.
     """
     try:
-        from opentelemetry import trace
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+        # By name, so that nothing about it has to be installed to check types either.
+        trace = import_module("opentelemetry.trace")
+        sdk = import_module("opentelemetry.sdk.trace")
+        export = import_module("opentelemetry.sdk.trace.export")
+        resources = import_module("opentelemetry.sdk.resources")
+        otlp = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        w3c = import_module("opentelemetry.trace.propagation.tracecontext")
     except ImportError as error:
         raise InvalidInput(
             f"OpenTelemetry is not installed ({error.name})",
             where="telemetry.otlp",
             remedy="pip install 'almanac-scheduler[otel]'",
         ) from error
-    provider = TracerProvider(
-        resource=Resource.create({"service.name": "almanac", "service.version": version})
-    )
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    resource = resources.Resource.create({"service.name": "almanac", "service.version": version})
+    provider = sdk.TracerProvider(resource=resource)
+    provider.add_span_processor(export.BatchSpanProcessor(otlp.OTLPSpanExporter()))
     return OtelTracing(
         provider.get_tracer("almanac", version),
         context_of=trace.set_span_in_context,
-        extract=TraceContextTextMapPropagator().extract,
+        extract=w3c.TraceContextTextMapPropagator().extract,
         close=provider.shutdown,
     )
-
-
-def span(
-    tracing: Tracing, name: str, facts: Mapping[str, Value], **links: Any
-) -> AbstractContextManager[SpanLike]:
-    """Return a span as a context manager that ends it."""
-    if isinstance(tracing, NoTracing):
-        return nullcontext(_NO_SPAN)
-    return _Ended(tracing.start(name, facts, **links))
-
-
-class _Ended(AbstractContextManager[SpanLike]):
-    def __init__(self, started: SpanLike) -> None:
-        self._span = started
-
-    def __enter__(self) -> SpanLike:
-        return self._span
-
-    def __exit__(self, *_details: object) -> None:
-        self._span.end()

@@ -7,12 +7,19 @@ connections: how many calls an endpoint gets is the router's decision, not the p
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from types import SimpleNamespace
 
 import aiohttp
+from aiohttp import web
+from aiohttp.http_exceptions import LineTooLong
 
-__all__ = ["bind_problem", "open_session"]
+from runtime.wire import ApiError
+
+__all__ = ["bind_problem", "open_session", "speak_openai"]
+
+_log = logging.getLogger(__name__)
 
 
 def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
@@ -53,6 +60,46 @@ def _timed_connects() -> aiohttp.TraceConfig:
     config.on_connection_create_start.append(start)
     config.on_connection_create_end.append(end)
     return config
+
+
+class _Handler(web.RequestHandler):
+    """Answers requests that are no HTTP with an error body like any other."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 - may quote the request, which may hold a key
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer is on its way already")
+        if isinstance(exc, LineTooLong):
+            error = ApiError(431, "The headers are too large.")
+        elif status < 500:
+            error = ApiError(status, "The request is not valid HTTP.")
+        else:
+            _log.error("internal error", exc_info=exc)
+            error = ApiError(500, "Internal error of the gateway.")
+        response = web.Response(
+            status=error.status, body=error.body, content_type="application/json"
+        )
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Handler(self, loop=self._loop, **self._kwargs)
+
+
+def speak_openai(runner: web.AppRunner) -> None:
+    """Let a server that was set up answer broken requests with OpenAI error bodies."""
+    server = runner.server
+    assert server is not None  # noqa: S101 - documented
+    server.__class__ = _Server  # the application makes it itself, and offers no other way
 
 
 def bind_problem(error: OSError) -> str:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from planner import __version__
 from planner.cli.check_config import check_files
 from planner.cli.gateway_options import add_options, config_of
 from planner.cli.replan_options import add_replan_arguments, replan_options
@@ -55,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from runtime.control import Control
     from runtime.discovery import ask_fleet
     from runtime.gateway import Gateway, tls_context
+    from runtime.keys import KeyedTenancy
     from runtime.replanning import Replanner
+    from runtime.state import StateFile
+    from runtime.tracing import open_tracing
 
     config = config_of(args)
     path = args.file or args.config
@@ -71,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
         policy=launch.policy,
         table=load_table(Path(launch.table)) if launch.table else None,
         config=config.gateway,
+        tenancy=KeyedTenancy(config.tenants),
+        tracing=open_tracing(__version__) if launch.otlp else None,
     )
+    table_made_s = Path(launch.table).stat().st_mtime if launch.table else None
     if launch.trace is not None:
         control.set_trace(Path(launch.trace))
     _log_to_stderr(launch.log_level)
@@ -83,7 +90,15 @@ def run(args: argparse.Namespace) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        gateway = Gateway(control, host=launch.host, port=launch.port, tls=tls)
+        gateway = Gateway(
+            control,
+            host=launch.host,
+            port=launch.port,
+            tls=tls,
+            state=StateFile(Path(launch.state), control) if launch.state else None,
+            state_interval_s=launch.state_interval_s,
+            table_made_s=table_made_s,
+        )
         missing = await gateway.start()
         loop.add_signal_handler(signal.SIGHUP, Reload(args, gateway, config))
         try:
@@ -146,6 +161,8 @@ class Reload:
 
     def _apply(self, fresh: ServeConfig) -> None:
         """Everything that can fail comes before everything that changes."""
+        from runtime.keys import KeyedTenancy
+
         launch, old = fresh.launch, self._config.launch
         control = self._gateway.control
         table = load_table(Path(launch.table)) if launch.table else None
@@ -159,6 +176,7 @@ class Reload:
         for workflow in workflows:
             control.add_workflow(workflow)
         control.reconfigure(fresh.gateway)
+        control.set_tenancy(KeyedTenancy(fresh.tenants))
         logging.getLogger().setLevel(launch.log_level.upper())
 
 
