@@ -205,9 +205,9 @@ def test_too_long_context_is_rejected() -> None:
     short = replace(endpoint("slow", scale=2.0), max_model_len=399)
     for narrow in (small, short):
         fleet = Fleet(name="f", endpoints=(endpoint("fast"), narrow))
-        assert rules(check(replace(PLAN, fleet_hash=fleet.content_hash()), fleet=fleet)) == {
-            "context"
-        }
+        assert "context" in rules(
+            check(replace(PLAN, fleet_hash=fleet.content_hash()), fleet=fleet)
+        )
 
 
 def test_too_many_contexts_at_once_are_rejected() -> None:
