@@ -1,12 +1,23 @@
 """Seconds a call will take on an endpoint, and seconds it costs the calls already there.
 
-All policies predict with these two functions, so they differ in what they do with a prediction,
-not in how well they predict.
+All policies predict with these functions, so they differ in what they do with a prediction, not in
+how well they predict.
 
 Own time: wait for a slot, wait for the prefill queue, own prefill, then decode at the batch size
 the call will see. Imposed time: the call's prefill stalls every resident once, and its presence
 slows each of their steps by the batch slope while both are there; where slots are full it also
 keeps a slot from what comes next.
+
+With P prompt tokens of which c are cached, O output tokens, x = P + O/2 context; n residents of
+weight W on s slots, and the endpoint's b, c' (prefill), step, f (KV read per step), e (slope) and
+Q (steps until a slot frees) as in `planner.dispatch.loads`:
+
+    service = base + b (P - c) + c' (P^2 - c^2) + O (step + f x)
+    own     = max(Q (step + f x), queue) + service
+    imposed = W prefill + F(O) (e + f x) + (n + 1 - s)/s service     the last if n >= s
+
+`call_cost` reckons it for one endpoint and `fleet_costs` for all; where the KV pool holds fewer
+calls of the present size than there are slots, it sets s, call by call.
 
 References
 ----------
@@ -16,12 +27,21 @@ step times: `planner.domain.latency`.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from planner.dispatch.forecast import Forecast
-from planner.dispatch.view import EndpointState
+import numpy as np
+import numpy.typing as npt
 
-__all__ = ["Cost", "call_cost"]
+from planner.dispatch import loads as rows
+from planner.dispatch.forecast import Forecast
+from planner.dispatch.loads import Loads, knot
+from planner.dispatch.view import EndpointState, FleetView
+
+__all__ = ["Cost", "Costs", "call_cost", "fleet_costs"]
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,66 @@ class Cost:
     service_s: float
 
 
+class Costs(Sequence[Cost]):
+    """Costs of a call on each of some endpoints, as arrays; one by one as `Cost`.
+
+    Parameters
+    ----------
+    table
+        Rows own, imposed, service in seconds as in `Cost`; shape (3 or more, endpoints).
+    cached_tokens
+        As in `Cost`; shape (endpoints,).
+    """
+
+    __slots__ = ("_table", "cached_tokens")
+
+    def __init__(self, table: Floats, cached_tokens: Floats) -> None:
+        self._table = table
+        self.cached_tokens = cached_tokens
+
+    @property
+    def own_s(self) -> Floats:
+        """From now to the call's finish."""
+        own_s: Floats = self._table[0]
+        return own_s
+
+    @property
+    def imposed_s(self) -> Floats:
+        """Sum over residents of criticality x delay."""
+        imposed_s: Floats = self._table[1]
+        return imposed_s
+
+    @property
+    def service_s(self) -> Floats:
+        """Slot seconds the call will hold."""
+        service_s: Floats = self._table[2]
+        return service_s
+
+    def weighted(self, own: float, imposed: float) -> Floats:
+        """Return own x own_s + imposed x imposed_s, a new array."""
+        scores: Floats = np.array((own, imposed)).dot(self._table[:2])
+        return scores
+
+    def __len__(self) -> int:
+        return len(self.cached_tokens)
+
+    def __getitem__(self, place: int) -> Cost:  # type: ignore[override]
+        own_s, imposed_s, service_s = self._table[:3, place].tolist()
+        return Cost(own_s, imposed_s, int(self.cached_tokens[place]), service_s)
+
+    def __iter__(self) -> Iterator[Cost]:
+        return (self[place] for place in range(len(self)))
+
+    def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
+        """Take over the costs of the same endpoints at some places."""
+        self._table[:3, places] = other._table[:3, places]
+        self.cached_tokens[places] = other.cached_tokens[places]
+
+    def take(self, places: npt.NDArray[np.intp]) -> Costs:
+        """Return the costs at some places, in their order."""
+        return Costs(self._table[:3, places], self.cached_tokens[places])
+
+
 def call_cost(
     prompt_tokens: int,
     prefix: tuple[int, ...],
@@ -60,66 +140,188 @@ def call_cost(
 
     ``prefilled`` says that its prompt was computed elsewhere; its KV comes along.
     """
-    row = state.latency
-    endpoint = state.endpoint
+    depth = 0 if prefilled else state.prefix.match(prefix)
+    cached = _cached(prompt_tokens, depth, prefix_tokens, prefilled=prefilled)
+    return _cost(prompt_tokens, cached, forecast.output_tokens, state, now_s)
+
+
+def _cached(prompt_tokens: int, depth: int, prefix_tokens: float, *, prefilled: bool) -> int:
+    """Return the cached tokens of a prompt; its last token is always computed."""
+    cached = prompt_tokens - 1
+    if not prefilled:
+        cached = min(cached, int(depth * prefix_tokens))
+    return max(cached, 0)
+
+
+def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: float) -> Cost:
+    view = state.view
+    view.loads.advance(now_s)
+    row, endpoint, calls = state.latency, state.endpoint, state.in_flight
     slots = endpoint.max_num_seqs
-    cached = min(prompt_tokens - 1, int(state.prefix.match(prefix) * prefix_tokens))
-    if prefilled:
-        cached = prompt_tokens - 1
-    cached = max(cached, 0)
-    uncached = prompt_tokens - cached
-    output = forecast.output_tokens
-    n = state.in_flight
     # Where the KV pool holds fewer calls of the present size than there are slots, it is the limit.
-    mean_context = (state.context_tokens + prompt_tokens + output) / (n + 1)
+    mean_context = (state.context_tokens + prompt + output) / (calls + 1)
     if mean_context * slots > endpoint.kv_tokens:
         slots = max(1, int(endpoint.kv_tokens / mean_context))
-    scale = row.scale
-    slope_s = scale * row.decode_us_per_call * 1e-6
-    kv_s = scale * row.decode_ns_per_kv_token * 1e-9
-    context_each = state.context_tokens / n if n else 0.0
-    own_context = prompt_tokens + output / 2
-    step_s = row.decode_step_s(min(n + 1, slots), min(n, slots - 1) * context_each + own_context)
-    prefill_s = row.prefill_marginal_s(uncached, cached)
+    slope_s = row.scale * row.decode_us_per_call * 1e-6
+    kv_s = row.scale * row.decode_ns_per_kv_token * 1e-9
+    context_each = state.context_tokens / calls if calls else 0.0
+    own_context = prompt + output / 2
+    step_s = row.decode_step_s(
+        min(calls + 1, slots), min(calls, slots - 1) * context_each + own_context
+    )
+    prefill_s = row.prefill_marginal_s(prompt - cached, cached)
     queue_s = row.prefill_marginal_s(state.prefill_tokens) if state.prefill_tokens > 0 else 0.0
-
-    # Remaining decode of each resident: what was forecast less what must have come by now, but
-    # at least a quarter of the forecast, since lengths are heavy-tailed and overdue calls go on.
-    remaining: list[tuple[float, float]] = []
-    for resident in state.residents.values():
-        left = resident.output_tokens
-        if resident.first_token_s is not None:
-            left = max(left - (now_s - resident.first_token_s) / step_s, 0.25 * left)
-        remaining.append((left, resident.criticality))
-
-    slot_wait_s = 0.0
-    if n >= slots:
-        # The call gets the slot that frees after n - slots + 1 others have finished; beyond one
-        # full turn of the slots, each further turn costs a mean service.
-        lefts = sorted(left for left, _ in remaining)
-        ahead = n - slots
-        turns, position = divmod(ahead, slots)
-        slot_wait_s = lefts[min(position, n - 1)] * step_s
-        if turns:
-            slot_wait_s += turns * (sum(lefts) / n) * step_s
-    wait_s = max(slot_wait_s, queue_s)
-    base_s = max(0.0, row.prefill_base_ms - row.decode_base_ms) * 1e-3 * scale if n == 0 else 0.0
+    base_s = 0.0
+    if not calls:
+        base_s = max(0.0, row.prefill_base_ms - row.decode_base_ms) * 1e-3 * row.scale
     service_s = prefill_s + base_s + output * step_s
-
-    drag_s = slope_s + kv_s * own_context
-    imposed = 0.0
-    if n:
-        full = n >= slots
-        for left, weight in remaining:
-            # A call that waits for a slot delays the running ones only once it runs itself.
-            shared = min(output, left if not full else 0.5 * left)
-            imposed += weight * (prefill_s + shared * drag_s)
-        if n + 1 > slots:
+    wait_s, imposed_s = queue_s, 0.0
+    if calls:
+        drag_s = slope_s + kv_s * own_context
+        imposed_s = state.criticality * prefill_s
+        if calls >= slots:
+            wait_s = max(queue_s, view.loads.turn_tokens(state, slots) * step_s)
+            # It delays the running calls only once it runs itself: half of them are gone by then.
+            imposed_s += 0.5 * view.loads.delay_tokens(state, 2.0 * output) * drag_s
             # Everything that comes next waits about one slot turn of this call longer.
-            imposed += service_s / slots * (n + 1 - slots)
+            imposed_s += service_s / slots * (calls + 1 - slots)
+        else:
+            imposed_s += view.loads.delay_tokens(state, output) * drag_s
     return Cost(
         own_s=wait_s + service_s,
-        imposed_s=imposed,
+        imposed_s=imposed_s,
         cached_tokens=cached,
         service_s=service_s,
     )
+
+
+_FEW = 6
+"""Endpoints that are corrected one by one rather than as an array."""
+_OWN, _IMPOSED, _SERVICE, _DRAG = range(4)
+"""Rows of the result of a pass; the first holds the wait for a slot until it is complete."""
+
+
+def _features() -> array[float]:
+    cells = array("d", bytes(8 * 4 * rows.ROWS))
+    for row, column in (
+        (_OWN, rows.TURN_STEP), (_SERVICE, rows.BASE), (_DRAG, rows.SLOPE),
+    ):  # fmt: skip
+        cells[row * rows.ROWS + column] = 1.0
+    return cells
+
+
+def fleet_costs(
+    prompt_tokens: int,
+    prefix: tuple[int, ...],
+    prefix_tokens: float,
+    forecast: Forecast,
+    view: FleetView,
+    now_s: float,
+) -> Costs:
+    """Return the costs of a call on all endpoints of a fleet, in fleet order.
+
+    The same as `call_cost` for each, in a handful of array operations.
+    """
+    loads = view.loads
+    loads.advance(now_s)
+    output = forecast.output_tokens
+    context = prompt_tokens + 0.5 * output
+    # What all hold is part of the features; what only some hold is taken off afterwards.
+    most = max(0, prompt_tokens - 1)
+    levels = [(min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)]
+    common = levels.pop(0)[0] if levels and levels[0][1] == view.everyone else 0
+    tokens = float(prompt_tokens - common)
+    square = tokens * (prompt_tokens + common)
+
+    cells = _CELLS
+    cells[_TURN_CONTEXT] = cells[_DRAG_CONTEXT] = context
+    cells[_PREFILL] = cells[_IMPOSED_PREFILL] = tokens
+    cells[_SQUARE] = cells[_IMPOSED_SQUARE] = square
+    cells[_STEP] = cells[_IMPOSED_STEP] = output
+    cells[_CONTEXT] = cells[_IMPOSED_CONTEXT] = output * context
+    table: Floats = _FEATURES.dot(loads.coefficients)
+    own, imposed, service, drag = table
+
+    cached = np.empty(len(view.states))
+    cached.fill(common)
+    if levels:
+        _save(table, cached, loads, view, levels)
+
+    place, part = knot(output)
+    _PARTS[0], _PARTS[1] = 1.0 - part, part
+    drag *= _PARTS_VIEW.dot(loads.imposed[place : place + 2])
+    imposed += drag
+    np.maximum(own, loads.queue_s, out=own)
+    own += service
+    if prompt_tokens + output > loads.least_room_tokens:
+        for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
+            one = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
+            table[:3, index] = one.own_s, one.imposed_s, one.service_s
+    return Costs(table, cached)
+
+
+def _save(
+    table: Floats, cached: Floats, loads: Loads, view: FleetView, levels: list[tuple[int, int]]
+) -> None:
+    """Take off the prefill that is saved by endpoints that hold more than the common tokens.
+
+    Parameters
+    ----------
+    cached
+        The common tokens; made what each endpoint holds.
+    levels
+        Cached tokens, rising, and the endpoints that hold them.
+    """
+    common = cached.item(0)
+    first, who = levels[0]
+    if who.bit_count() > _FEW:
+        for tokens, some in levels:
+            if some.bit_count() > _FEW:
+                np.copyto(cached, float(tokens), where=view.spread(some))
+            else:
+                for index in _members(some):
+                    cached[index] = tokens
+        saved = cached + common
+        saved *= loads.coefficients[rows.SQUARE]
+        saved += loads.coefficients[rows.PREFILL]
+        saved *= cached - common
+        table[_SERVICE] -= saved
+        saved *= loads.weight
+        table[_IMPOSED] -= saved
+        return
+    for index in _members(who):
+        tokens = first
+        for deeper, some in levels[1:]:
+            if some >> index & 1:
+                tokens = deeper
+        cached[index] = tokens
+        square, linear, weight = loads.prefill_of(index)
+        seconds = (square * (tokens + common) + linear) * (tokens - common)
+        table[_SERVICE, index] -= seconds
+        table[_IMPOSED, index] -= weight * seconds
+
+
+def _members(who: int) -> list[int]:
+    """Return the endpoints of a set of bits."""
+    found = []
+    while who:
+        index = who.bit_length() - 1
+        found.append(index)
+        who ^= 1 << index
+    return found
+
+
+_CELLS = _features()
+_FEATURES: Floats = np.frombuffer(_CELLS).reshape(4, rows.ROWS)
+_PARTS = array("d", (0.0, 0.0))
+_PARTS_VIEW: Floats = np.frombuffer(_PARTS)
+_TURN_CONTEXT = _OWN * rows.ROWS + rows.TURN_CONTEXT
+_DRAG_CONTEXT = _DRAG * rows.ROWS + rows.CONTEXT
+_PREFILL = _SERVICE * rows.ROWS + rows.PREFILL
+_SQUARE = _SERVICE * rows.ROWS + rows.SQUARE
+_STEP = _SERVICE * rows.ROWS + rows.STEP
+_CONTEXT = _SERVICE * rows.ROWS + rows.CONTEXT
+_IMPOSED_PREFILL = _IMPOSED * rows.ROWS + rows.IMPOSED_PREFILL
+_IMPOSED_SQUARE = _IMPOSED * rows.ROWS + rows.IMPOSED_SQUARE
+_IMPOSED_STEP = _IMPOSED * rows.ROWS + rows.IMPOSED_STEP
+_IMPOSED_CONTEXT = _IMPOSED * rows.ROWS + rows.IMPOSED_CONTEXT

@@ -211,7 +211,9 @@ class Router:
         self._states[event.call.call_id] = CallState.HELD
         self._held[event.call.call_id] = event
 
-    def _candidates(self, event: CallArrived) -> tuple[list[EndpointState], list[EndpointState]]:
+    def _candidates(
+        self, event: CallArrived
+    ) -> tuple[Sequence[EndpointState], Sequence[EndpointState]]:
         """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
         serving = self.view.candidates(call.model, event.exclude, _tokens(call))

@@ -1,85 +1,28 @@
 """What the router knows of each endpoint: counters of its own doing, kept in constant time.
 
 The view is built from the router's own sends and the answers it saw, so it needs no telemetry and
-is never stale. Policies read it and change nothing.
+is never stale. Policies read it and change nothing. What a decision has to know of all endpoints
+at once lies in arrays, see `planner.dispatch.loads` and `planner.dispatch.prefixes`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+from planner.dispatch.loads import Loads
+from planner.dispatch.prefixes import Holders, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
 
-__all__ = ["EndpointState", "FleetView", "PrefixIndex", "Resident"]
+__all__ = ["Candidates", "EndpointState", "FleetView", "PrefixIndex", "Resident"]
 
-
-class PrefixIndex:
-    """Which prompt prefixes an endpoint is believed to hold: an LRU set of fingerprint items.
-
-    Items of one prompt are refreshed tail first, so the tail is always older than the head, and
-    presence along a chain is monotone: the longest match is found by bisection.
-
-    Parameters
-    ----------
-    capacity_tokens
-        KV cache of the endpoint in tokens; beyond it the least recently used items go.
-    """
-
-    __slots__ = ("_held", "_items", "capacity_tokens")
-
-    def __init__(self, capacity_tokens: float) -> None:
-        self.capacity_tokens = capacity_tokens
-        self._items: OrderedDict[int, float] = OrderedDict()
-        self._held = 0.0
-
-    def match(self, prefix: Sequence[int]) -> int:
-        """Return how many leading items of ``prefix`` are held."""
-        items = self._items
-        if not prefix or prefix[0] not in items:
-            return 0
-        low, high = 1, len(prefix) + 1  # items[:low] are held; items[:high] are not
-        while high - low > 1:
-            middle = (low + high) // 2
-            if prefix[middle - 1] in items:
-                low = middle
-            else:
-                high = middle
-        return low
-
-    def record(self, prefix: Sequence[int], item_tokens: float) -> None:
-        """Note that a prompt with this chain was sent there."""
-        items = self._items
-        for item in reversed(prefix):
-            if item in items:
-                items.move_to_end(item)
-            else:
-                items[item] = item_tokens
-                self._held += item_tokens
-        while self._held > self.capacity_tokens and items:
-            self._held -= items.popitem(last=False)[1]
-
-    def clear(self) -> None:
-        """Forget everything (the endpoint restarted)."""
-        self._items.clear()
-        self._held = 0.0
-
-    def newest(self, most: int) -> list[tuple[int, float]]:
-        """Return up to ``most`` items with their tokens, the least recently used first."""
-        items = list(self._items.items())
-        return items[max(0, len(items) - most) :]
-
-    def restore(self, items: Iterable[tuple[int, float]]) -> None:
-        """Take up what `newest` returned."""
-        for item, tokens in items:
-            self.record((item,), tokens)
-
-    @property
-    def held_tokens(self) -> float:
-        """Tokens believed to be cached."""
-        return self._held
+_SPREADS = 1024
+"""Sets of endpoints kept as arrays."""
 
 
 @dataclass(slots=True)
@@ -94,6 +37,8 @@ class Resident:
         Predicted output length (mean).
     criticality
         Probability of being on its run's critical path, [0, 1].
+    place
+        Its place among the endpoint's residents; kept by `Loads`.
     """
 
     call_id: str
@@ -104,6 +49,7 @@ class Resident:
     criticality: float
     sent_s: float
     first_token_s: float | None = None
+    place: int = -1
 
 
 class EndpointState:
@@ -126,15 +72,16 @@ class EndpointState:
     """
 
     __slots__ = (
-        "context_tokens", "criticality", "decoding", "endpoint", "healthy", "in_flight",
-        "index", "latency", "most_tokens", "prefill_tokens", "prefix", "residents",
+        "_healthy", "_latency", "_view", "context_tokens", "criticality", "decoding", "endpoint",
+        "in_flight", "index", "most_tokens", "prefill_tokens", "prefix", "residents",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, latency: LatencyRow) -> None:
         self.index = index
         self.endpoint = endpoint
-        self.latency = latency
-        self.healthy = True
+        self._latency = latency
+        self._healthy = True
+        self._view: FleetView | None = None
         # vLLM keeps one block for itself.
         self.most_tokens = min(endpoint.max_model_len, endpoint.kv_tokens - endpoint.block_tokens)
         self.prefix = PrefixIndex(endpoint.kv_tokens)
@@ -144,6 +91,38 @@ class EndpointState:
         self.decoding = 0
         self.context_tokens = 0.0
         self.criticality = 0.0
+
+    @property
+    def view(self) -> FleetView:
+        """The view it belongs to; one that is in none gets its own."""
+        return self._view or FleetView([self])
+
+    @property
+    def latency(self) -> LatencyRow:
+        """The row that costs are predicted with."""
+        return self._latency
+
+    @latency.setter
+    def latency(self, row: LatencyRow) -> None:
+        self._latency = row
+        if self._view is not None:
+            self._view.loads.update(self)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether calls may be sent there."""
+        return self._healthy
+
+    @healthy.setter
+    def healthy(self, healthy: bool) -> None:
+        self._healthy = healthy
+        if self._view is not None:
+            self._view.forget_candidates()
+
+    def join(self, view: FleetView, holders: Holders) -> None:
+        """Be counted by a view from now on, instead of the one before."""
+        self._view = view
+        self.prefix.join(holders, 1 << self.index)
 
     def refit(self, endpoint: Endpoint) -> bool:
         """Take up changed facts; calls in flight and cache stay. Return whether the row changed."""
@@ -162,6 +141,9 @@ class EndpointState:
         self.prefill_tokens += resident.uncached_tokens
         self.context_tokens += resident.prompt_tokens + resident.output_tokens
         self.criticality += resident.criticality
+        if self._view is not None:
+            self._view.loads.add(self, resident)
+            self._view.loads.update(self)
 
     def first_token(self, call_id: str, now_s: float) -> None:
         """Count a call's change from prefill to decode."""
@@ -170,6 +152,9 @@ class EndpointState:
             resident.first_token_s = now_s
             self.prefill_tokens -= resident.uncached_tokens
             self.decoding += 1
+            if self._view is not None:
+                self._view.loads.first_token(self, resident, now_s)
+                self._view.loads.update(self)
 
     def remove(self, call_id: str) -> Resident:
         """Stop counting a call, however it ended."""
@@ -184,6 +169,9 @@ class EndpointState:
         if self.in_flight == 0:
             # Floats are summed and subtracted in different orders; an idle endpoint is exact.
             self.prefill_tokens = self.context_tokens = self.criticality = 0.0
+        if self._view is not None:
+            self._view.loads.remove(self, resident)
+            self._view.loads.update(self)
         return resident
 
     def __repr__(self) -> str:
@@ -191,17 +179,82 @@ class EndpointState:
         return f"<{self.endpoint.id} {state} in_flight={self.in_flight} decoding={self.decoding}>"
 
 
-class FleetView:
-    """All endpoint states, in fleet order."""
+class Candidates(tuple[EndpointState, ...]):  # noqa: SLOT001 - a tuple cannot have any
+    """Endpoints that can take a call, in fleet order, with what decisions need of them as a whole.
 
-    __slots__ = ("states",)
+    Attributes
+    ----------
+    indices
+        Their places in the fleet.
+    whole
+        Whether they are all of the fleet.
+    slots
+        Calls they can serve at once.
+    prefill
+        Places in the fleet of those that only prefill.
+    """
+
+    prefill: npt.NDArray[np.intp]
+    indices: npt.NDArray[np.intp]
+    whole: bool
+    slots: int
+
+    @classmethod
+    def of(cls, states: Iterable[EndpointState], fleet: FleetView) -> Candidates:
+        """Return endpoints of a fleet as candidates."""
+        made = cls(states)
+        made.indices = np.array([state.index for state in made], dtype=np.intp)
+        made.prefill = np.array(
+            [state.index for state in made if state.endpoint.role == "prefill"], dtype=np.intp
+        )
+        made.whole = made == fleet.states
+        made.slots = sum(state.endpoint.max_num_seqs for state in made)
+        return made
+
+
+class FleetView:
+    """All endpoint states, in fleet order.
+
+    A state is counted by the last view that was made with it.
+
+    Attributes
+    ----------
+    loads
+        The same as arrays.
+    everyone
+        The whole fleet as bits, see `matches`.
+    """
+
+    __slots__ = ("_candidates", "_holders", "_rooms", "_spreads", "_states", "everyone", "loads")
 
     def __init__(self, states: Sequence[EndpointState]) -> None:
         self.states = tuple(states)
 
+    @property
+    def states(self) -> tuple[EndpointState, ...]:
+        """The endpoints; assign to change the fleet."""
+        return self._states
+
+    @states.setter
+    def states(self, states: tuple[EndpointState, ...]) -> None:
+        self._states = states
+        self._candidates: dict[tuple[str | None, int], Candidates] = {}
+        self._rooms: dict[str | None, list[int]] = {}
+        self._spreads: dict[int, npt.NDArray[np.bool_]] = {}
+        self._holders: Holders = {}
+        self.everyone = (1 << len(states)) - 1
+        self.loads = Loads(states)
+        for state in states:
+            state.join(self, self._holders)
+
+    def forget_candidates(self) -> None:
+        """Look anew for endpoints that are up."""
+        self._candidates.clear()
+        self._rooms.clear()
+
     def candidates(
         self, model: str | None = None, exclude: frozenset[int] = frozenset(), tokens: int = 0
-    ) -> list[EndpointState]:
+    ) -> Candidates:
         """Return the healthy endpoints that can take a call.
 
         Parameters
@@ -214,11 +267,53 @@ class FleetView:
             Prompt plus declared output of the call; it must fit the model's context and the KV
             pool.
         """
-        return [
-            state
-            for state in self.states
-            if state.healthy
-            and state.index not in exclude
-            and (model is None or state.endpoint.model == model)
-            and tokens <= state.most_tokens
-        ]
+        rooms = self._rooms.get(model)
+        if rooms is None:
+            serving = [state for state in self._states if _serves(state, model)]
+            if not serving:
+                return Candidates.of((), self)  # not kept: clients name models freely
+            rooms = self._rooms[model] = sorted({state.most_tokens for state in serving})
+        # Calls between the same two rooms have the same candidates.
+        key = model, bisect_left(rooms, tokens)
+        found = self._candidates.get(key)
+        if found is None:
+            found = self._candidates[key] = Candidates.of(
+                (
+                    state
+                    for state in self._states
+                    if _serves(state, model) and tokens <= state.most_tokens
+                ),
+                self,
+            )
+        if exclude:
+            return Candidates.of((one for one in found if one.index not in exclude), self)
+        return found
+
+    def occupancy(self, candidates: Sequence[EndpointState]) -> float:
+        """Return the calls in flight per slot of some endpoints."""
+        if not isinstance(candidates, Candidates):
+            candidates = Candidates.of(candidates, self)
+        calls = self.loads.in_flight
+        if not candidates.whole:
+            calls = calls[candidates.indices]
+        return int(calls.sum()) / candidates.slots
+
+    def matches(self, prefix: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the depths to which a prompt is held, rising, with the endpoints that do."""
+        return levels(prefix, self._holders)
+
+    def spread(self, bits: int) -> npt.NDArray[np.bool_]:
+        """Return a set of endpoints, given as bits, as a mask in fleet order."""
+        found = self._spreads.get(bits)
+        if found is None:
+            if len(self._spreads) >= _SPREADS:
+                self._spreads.clear()
+            size = len(self._states)
+            packed = np.frombuffer(bits.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
+            found = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
+            self._spreads[bits] = found
+        return found
+
+
+def _serves(state: EndpointState, model: str | None) -> bool:
+    return state.healthy and (model is None or state.endpoint.model == model)

@@ -8,16 +8,18 @@ policy sees to it that nothing waits for ever.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from planner.dispatch.cost import Cost, call_cost
+import numpy as np
+import numpy.typing as npt
+
+from planner.dispatch.cost import Cost, Costs, call_cost, fleet_costs
 from planner.dispatch.events import Call, Event
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.pairing import prefill_only
-from planner.dispatch.view import EndpointState, FleetView
+from planner.dispatch.view import Candidates, EndpointState, FleetView
 
 __all__ = [
     "Choice",
@@ -145,19 +147,33 @@ def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) 
     return call_cost(call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s)
 
 
-def costs_of(ready: Ready) -> list[Cost]:
-    """Return the predicted cost of a ready call on each candidate, in their order."""
-    forecast = ready.forecaster.of(ready.call)
-    return [cost_of(ready.call, forecast, state, ready.now_s) for state in ready.candidates]
+def costs_of(ready: Ready) -> Costs:
+    """Return the predicted costs of a ready call on its candidates, in their order."""
+    call, view, candidates = ready.call, ready.fleet, ready.candidates
+    if not isinstance(candidates, Candidates):
+        candidates = Candidates.of(candidates, view)
+    forecast = ready.forecaster.of(call)
+    costs = fleet_costs(
+        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, view, ready.now_s
+    )
+    if candidates.prefill.size:
+        costs.put(
+            candidates.prefill,
+            fleet_costs(
+                call.prompt_tokens,
+                call.prefix,
+                call.prefix_tokens,
+                prefill_only(forecast),
+                view,
+                ready.now_s,
+            ),
+        )
+    return costs if candidates.whole else costs.take(candidates.indices)
 
 
-def least(scores: Sequence[float]) -> int:
+def least(scores: Sequence[float] | npt.NDArray[np.float64]) -> int:
     """Return the position of the smallest score; the first one wins ties."""
-    best, position = math.inf, 0
-    for index, score in enumerate(scores):
-        if score < best:
-            best, position = score, index
-    return position
+    return int(np.asarray(scores).argmin())
 
 
 def age_priority(call: Call) -> int:

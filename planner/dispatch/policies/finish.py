@@ -15,7 +15,7 @@ class LeastExpectedFinish:
     def choose(self, ready: Ready) -> Choice:
         """Return the candidate with the least expected finish."""
         costs = costs_of(ready)
-        position = least([cost.own_s for cost in costs])
+        position = least(costs.own_s)
         return Choice(ready.candidates[position].index, "finish", cost=costs[position])
 
 
@@ -40,7 +40,7 @@ class MarginalCost:
         """Return the candidate that costs all runs together least."""
         weight = ready.forecaster.of(ready.call).criticality
         costs = costs_of(ready)
-        position = least([weight * cost.own_s + self.theta * cost.imposed_s for cost in costs])
+        position = least(costs.weighted(weight, self.theta))
         return Choice(
             ready.candidates[position].index,
             "cost",

@@ -39,8 +39,7 @@ class Planned:
         call, candidates = ready.call, ready.candidates
         row = None
         if table is not None:
-            slots = sum(state.endpoint.max_num_seqs for state in candidates)
-            occupancy = sum(state.in_flight for state in candidates) / slots
+            occupancy = ready.fleet.occupancy(candidates)
             row = table.find(call.workflow_hash, call.site, occupancy)
         if table is None or row is None:
             choice = self._fallback.choose(ready)

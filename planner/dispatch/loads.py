@@ -1,0 +1,277 @@
+"""The load of all endpoints as arrays in fleet order, so that a decision costs them in one pass.
+
+What a call would take on an endpoint is linear in a few features of the call (prompt, square of
+the prompt, output, output x context, context), with coefficients that only change when the
+endpoint does. So the coefficients are kept, one column an endpoint, and a decision multiplies
+them with the features; `planner.dispatch.cost` has the formulas.
+
+The delay a call imposes on residents is not linear in its output: it needs
+F(x) = sum_j w_j min(x, left_j), with w the residents' criticalities and left_j what remains of
+their outputs. F is concave and piecewise linear; it is kept at x = sqrt(2)^k and interpolated,
+which understates a resident's share by 8.6% at worst and by nothing where left_j is in another
+interval than x.
+
+``left_j`` falls while a resident decodes. It is brought up to date for all residents together at
+most every `SWEEP_S` seconds of the caller's clock; in between it stands still.
+
+Writers are scalar and go through `array.array` (a tenth of the time of writing a numpy element);
+readers see the same memory as numpy arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from planner.dispatch.view import EndpointState, Resident
+
+__all__ = ["Loads"]
+
+Floats = npt.NDArray[np.float64]
+
+SWEEP_S = 0.1
+_LEAST_LEFT = 0.25
+"""Share of its forecast that a call has always left: lengths are heavy-tailed, and overdue calls
+go on."""
+_GRID = np.sqrt(2.0) ** np.arange(44)
+"""Lengths at which F is kept, tokens: 1 to 2.9 million."""
+_KNOTS = len(_GRID)
+_WIDTH = 8
+"""Places for residents that an endpoint begins with."""
+ROWS = 12
+(
+    BASE, PREFILL, IMPOSED_PREFILL, SQUARE, IMPOSED_SQUARE, STEP, CONTEXT, IMPOSED_STEP,
+    IMPOSED_CONTEXT, TURN_STEP, TURN_CONTEXT, SLOPE,
+) = range(ROWS)  # fmt: skip
+"""Rows of the coefficients; the pairs 1, 2 and 3, 4 stay neighbours: they are read together."""
+
+
+def knot(tokens: float) -> tuple[int, float]:
+    """Return the interval of the grid that a length lies in, and how far into it, [0, 1)."""
+    if tokens <= 1.0:
+        return 0, 0.0
+    place = min(int(2.0 * math.log2(tokens)), _KNOTS - 4)
+    low = 2.0 ** (0.5 * place)
+    return place, (tokens / low - 1.0) / 0.41421356237309515
+
+
+class Loads:
+    """Struct of arrays over endpoints and their residents.
+
+    Parameters
+    ----------
+    states
+        In fleet order, with ``index`` their place in it; residents they have are counted.
+
+    Attributes
+    ----------
+    coefficients
+        (rows, endpoints), see the names above; seconds per unit of the feature.
+    queue_s
+        Prefill queue of each endpoint, s.
+    weight
+        Residents' criticality, with what waits for a slot: what a second of prefill costs others.
+    room_tokens
+        Prompt plus output that a call may have without the KV pool limiting the calls at once.
+    least_room_tokens
+        The least of them, or less.
+    in_flight
+        Calls of each endpoint.
+    imposed
+        (knots, endpoints): F of each; of endpoints with no free slot F(2x) / 2, since a call that
+        waits for a slot meets half of what remains of the others.
+    """
+
+    def __init__(self, states: Sequence[EndpointState]) -> None:
+        size = len(states)
+        self._states = tuple(states)
+        self._cells = array("d", bytes(8 * ROWS * size))
+        self._queue, self._room, self._pace, self._weights = (
+            array("d", bytes(8 * size)) for _ in range(4)
+        )
+        self._calls = array("q", bytes(8 * size))
+        self.coefficients: Floats = np.frombuffer(self._cells).reshape(ROWS, size)
+        self.weight: Floats = np.frombuffer(self._weights)
+        self.queue_s: Floats = np.frombuffer(self._queue)
+        self.room_tokens: Floats = np.frombuffer(self._room)
+        self.in_flight: npt.NDArray[np.int64] = np.frombuffer(self._calls, dtype=np.int64)
+        self.imposed: Floats = np.zeros((_KNOTS, size))
+        self.least_room_tokens = math.inf
+        self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
+        self._tokens_per_s: Floats = np.frombuffer(self._pace)
+        self._slots = np.array([state.endpoint.max_num_seqs for state in states])
+        # Residents by (endpoint, place); empty places hold zeros.
+        self._residents: list[list[Resident]] = [[] for _ in states]
+        self._output, self._since, self._weight, self._left = np.zeros((4, size, _WIDTH))
+        self._next_sweep_s = -math.inf
+        for state in states:
+            for resident in state.residents.values():
+                self.add(state, resident)
+            self.update(state)
+
+    def add(self, state: EndpointState, resident: Resident) -> None:
+        """Count a resident; `update` comes after it."""
+        index, there = state.index, self._residents[state.index]
+        place = len(there)
+        if place == self._left.shape[1]:
+            wider = np.zeros((4, len(self._states), 2 * place))
+            wider[:, :, :place] = self._output, self._since, self._weight, self._left
+            self._output, self._since, self._weight, self._left = wider
+        there.append(resident)
+        resident.place = place
+        first_s = resident.first_token_s
+        self._output[index, place] = self._left[index, place] = resident.output_tokens
+        self._since[index, place] = math.inf if first_s is None else first_s
+        self._weight[index, place] = resident.criticality
+        if resident.criticality:
+            share = np.minimum(_GRID, resident.output_tokens)
+            share *= resident.criticality
+            self._delay[index] += share
+
+    def first_token(self, state: EndpointState, resident: Resident, now_s: float) -> None:
+        """Note that a resident decodes from now on."""
+        self._since[state.index, resident.place] = now_s
+
+    def remove(self, state: EndpointState, resident: Resident) -> None:
+        """Stop counting a resident; `update` comes after it."""
+        index, there, place = state.index, self._residents[state.index], resident.place
+        if len(there) == 1:
+            self._delay[index] = 0.0  # floats summed in another order; an idle endpoint is exact
+        elif resident.criticality:
+            share = np.minimum(_GRID, self._left[index, place])
+            share *= resident.criticality
+            self._delay[index] -= share
+        last = there.pop()
+        end = len(there)
+        if last is not resident:
+            there[place] = last
+            last.place = place
+            for values in (self._output, self._since, self._weight, self._left):
+                values[index, place] = values[index, end]
+        for values in (self._output, self._since, self._weight, self._left):
+            values[index, end] = 0.0
+
+    def update(self, state: EndpointState) -> None:
+        """Derive an endpoint's coefficients from its counters and its latency row."""
+        index, calls = state.index, state.in_flight
+        row, endpoint, context = state.latency, state.endpoint, state.context_tokens
+        slots, scale = endpoint.max_num_seqs, row.scale
+        per_token = scale * row.prefill_us_per_token * 1e-6
+        per_square = scale * row.prefill_ns_per_token_sq * 1e-9
+        fixed = scale * row.decode_base_ms * 1e-3
+        slope = scale * row.decode_us_per_call * 1e-6
+        per_kv = scale * row.decode_ns_per_kv_token * 1e-9
+        base = later = turn = 0.0
+        if calls < slots:
+            step = fixed + slope * (calls + 1) + per_kv * context
+            room = endpoint.kv_tokens - context
+            if not calls:
+                base = max(0.0, scale * row.prefill_base_ms * 1e-3 - fixed)
+                room = math.inf
+            self.imposed[:, index] = self._delay[index]
+        else:
+            step = fixed + slope * slots + per_kv * (slots - 1) * context / calls
+            room = endpoint.kv_tokens * (calls + 1) / slots - context
+            later = (calls + 1 - slots) / slots
+            turn = self.turn_tokens(state, slots)
+            self.imposed[:-2, index] = 0.5 * self._delay[index, 2:]
+        weight = state.criticality + later
+        queued = state.prefill_tokens
+        cells, size = self._cells, len(self._states)
+        cells[index] = base
+        cells[PREFILL * size + index] = per_token
+        cells[IMPOSED_PREFILL * size + index] = weight * per_token
+        cells[SQUARE * size + index] = per_square
+        cells[IMPOSED_SQUARE * size + index] = weight * per_square
+        cells[STEP * size + index] = step
+        cells[CONTEXT * size + index] = per_kv
+        cells[IMPOSED_STEP * size + index] = later * step
+        cells[IMPOSED_CONTEXT * size + index] = later * per_kv
+        cells[TURN_STEP * size + index] = turn * step
+        cells[TURN_CONTEXT * size + index] = turn * per_kv
+        cells[SLOPE * size + index] = slope
+        self._queue[index] = queued * (per_token + per_square * queued) if queued > 0 else 0.0
+        self._room[index] = room
+        self.least_room_tokens = min(room, self.least_room_tokens)
+        self._calls[index] = calls
+        self._weights[index] = weight
+        self._pace[index] = 1.0 / (step + per_kv * context / max(calls, 1))
+
+    def prefill_of(self, index: int) -> tuple[float, float, float]:
+        """Return one endpoint's c' and b, s per squared token and per token, and ``weight``."""
+        cells, size = self._cells, len(self._states)
+        return cells[SQUARE * size + index], cells[PREFILL * size + index], self._weights[index]
+
+    def turn_tokens(self, state: EndpointState, slots: int) -> float:
+        """Return the steps until a call would get a slot of ``slots``, all of them taken.
+
+        It gets the one that frees after in flight - ``slots`` + 1 others have finished; beyond one
+        full turn of the slots, each further turn costs a mean remainder.
+        """
+        calls = state.in_flight
+        left = self._left[state.index, :calls]
+        turns, place = divmod(calls - slots, slots)
+        steps = float(np.sort(left)[place])
+        return steps + turns * float(left.sum()) / calls if turns else steps
+
+    def delay_tokens(self, state: EndpointState, tokens: float) -> float:
+        """Return F(``tokens``) of one endpoint: steps shared with its residents, weighted."""
+        place, part = knot(tokens)
+        low, high = self._delay[state.index, place : place + 2].tolist()
+        return float(low + part * (high - low))
+
+    def advance(self, now_s: float) -> None:
+        """Bring what remains of the residents up to date, if that is due."""
+        if now_s < self._next_sweep_s:
+            return
+        self._next_sweep_s = now_s + SWEEP_S
+        self.least_room_tokens = float(self.room_tokens.min())
+        width = int(self.in_flight.max())
+        if not width:
+            return
+        output = self._output[:, :width]
+        left = now_s - self._since[:, :width]
+        np.maximum(left, 0.0, out=left)
+        left *= self._tokens_per_s[:, None]
+        np.subtract(output, left, out=left)
+        np.maximum(left, _LEAST_LEFT * output, out=left)
+        self._left[:, :width] = left
+        self._resum(left, self._weight[:, :width])
+        self._returns(np.flatnonzero(self.in_flight >= self._slots), left)
+
+    def _resum(self, left: Floats, weight: Floats) -> None:
+        """Make F anew: those shorter than x count with their length, the others with x."""
+        size = len(self._states)
+        places = np.log2(np.maximum(left, 1.0))
+        places *= 2.0
+        cells = np.minimum(places.astype(np.intp), _KNOTS - 4)
+        cells += (np.arange(size) * _KNOTS)[:, None]
+        flat, shape = cells.ravel(), (size, _KNOTS)
+        above = np.bincount(flat, weight.ravel(), size * _KNOTS).reshape(shape)
+        below = np.bincount(flat, (weight * left).ravel(), size * _KNOTS).reshape(shape)
+        # Sums over the intervals from each knot up, and over those under it.
+        longer = np.cumsum(above[:, ::-1], axis=1)[:, ::-1]
+        shorter = np.cumsum(below, axis=1) - below
+        self._delay = shorter + _GRID * longer
+        self.imposed[:] = self._delay.T
+
+    def _returns(self, full: npt.NDArray[np.intp], left: Floats) -> None:
+        """Make anew what depends on the residents of endpoints with no free slot."""
+        if not full.size:
+            return
+        self.imposed[:-2, full] = 0.5 * self._delay[full, 2:].T
+        calls, slots = self.in_flight[full], self._slots[full]
+        turns, places = np.divmod(calls - slots, slots)
+        # Empty places are zeros and sort to the front.
+        ordered = np.sort(left[full], axis=1)
+        steps = ordered[np.arange(full.size), places + left.shape[1] - calls]
+        steps += turns * ordered.sum(axis=1) / calls
+        table = self.coefficients
+        table[TURN_STEP, full] = steps * table[STEP, full]
+        table[TURN_CONTEXT, full] = steps * table[CONTEXT, full]

@@ -1,0 +1,213 @@
+"""Which prompt prefixes endpoints are believed to hold, for one endpoint and for all at once.
+
+A prompt's fingerprint is a chain: equal items mean equal text up to and including them. So it is
+enough to keep a few items of each chain, its *anchors*: the first 16, then eight per doubling of
+the depth, and the last one. A prompt that goes on from an earlier one is matched exactly (it meets
+the earlier one's last item); one that branches off in between is matched to within an eighth of
+the depth, never too far. A prompt of 500 items has 56 anchors.
+
+Each endpoint forgets by least recent use, tail before head, so that presence along the anchors of
+a chain is monotone. The directory has for each item the set of endpoints that hold it, as the bits
+of one integer; a walk down a chain's anchors then finds the matches of all endpoints together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
+
+__all__ = ["Holders", "PrefixIndex", "levels"]
+
+_DENSE = 16
+_PER_OCTAVE = 8
+
+
+def _anchor_depths() -> tuple[int, ...]:
+    depths = list(range(1, _DENSE + 1))
+    while depths[-1] < 1 << 24:
+        octave = 1 << (depths[-1].bit_length() - 1)
+        depths.append(depths[-1] + octave // _PER_OCTAVE)
+    return tuple(depths)
+
+
+_DEPTHS = _anchor_depths()
+"""Anchored depths: the number of leading items that each anchor stands for."""
+
+_TAKE = tuple(
+    itemgetter(*[depth - 1 for depth in _DEPTHS[: max(2, n)]]) for n in range(len(_DEPTHS))
+)
+"""By number of anchors (two at least): takes the anchors out of a chain."""
+
+Holders = dict[int, int]
+
+
+def _anchors(prefix: Sequence[int]) -> tuple[int, ...]:
+    count = bisect_right(_DEPTHS, len(prefix))
+    return _TAKE[count](prefix) if count > 1 else tuple(prefix[:count])
+
+
+def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
+    """Return how deep a chain is held, and by whom.
+
+    Parameters
+    ----------
+    holders
+        For each item the endpoints that hold it: bit i is set for endpoint i.
+
+    Returns
+    -------
+    list of (int, int)
+        Depths, rising, with the bits of the endpoints that hold at least so many leading items; a
+        depth for each endpoint that holds no more than that.
+    """
+    if not prefix:
+        return []
+    who = holders.get(prefix[0], 0)
+    found: list[tuple[int, int]] = []
+    size = len(prefix)
+    count = bisect_right(_DEPTHS, size)
+    low = 0
+    while who:
+        # All in `who` hold anchor `low`; find the last one that all of them hold.
+        last = count - 1
+        if holders.get(prefix[_DEPTHS[last] - 1], 0) & who != who:
+            high = last
+            last = low
+            while high - last > 1:
+                middle = (last + high) >> 1
+                if holders.get(prefix[_DEPTHS[middle] - 1], 0) & who == who:
+                    last = middle
+                else:
+                    high = middle
+        low = last + 1
+        deeper = holders.get(prefix[_DEPTHS[low] - 1], 0) & who if low < count else 0
+        stay, reached = who & ~deeper, deeper
+        # Past their last anchor they may hold the last item of an earlier prompt.
+        top = _DEPTHS[last]
+        below: list[tuple[int, int]] = []
+        for depth in range(min(_DEPTHS[last + 1] - 1, size), top, -1):
+            here = holders.get(prefix[depth - 1], 0) & stay
+            if here:
+                reached |= here
+                below.append((depth, reached))
+                stay &= ~here
+                if not stay:
+                    break
+        if stay:
+            found.append((top, who))
+        found.extend(reversed(below))
+        who = deeper
+    return found
+
+
+class PrefixIndex:
+    """The prefixes one endpoint is believed to hold: an LRU set of anchors.
+
+    Parameters
+    ----------
+    capacity_tokens
+        KV cache of the endpoint in tokens; beyond it the least recently used items go.
+    """
+
+    __slots__ = ("_bit", "_held", "_holders", "_items", "capacity_tokens")
+
+    def __init__(self, capacity_tokens: float) -> None:
+        self.capacity_tokens = capacity_tokens
+        self._items: OrderedDict[int, float] = OrderedDict()
+        self._held = 0.0
+        self._holders: Holders = {}
+        self._bit = 1
+
+    def join(self, holders: Holders, bit: int) -> None:
+        """Note what is held, now and from now on, in a directory of many endpoints."""
+        self._holders, self._bit = holders, bit
+        for item in self._items:
+            holders[item] = holders.get(item, 0) | bit
+
+    def match(self, prefix: Sequence[int]) -> int:
+        """Return how many leading items of ``prefix`` are held."""
+        items = self._items
+        if not prefix or prefix[0] not in items:
+            return 0
+        size = len(prefix)
+        low, high = 0, bisect_right(_DEPTHS, size)  # anchor low is held, anchor high is not
+        while high - low > 1:
+            middle = (low + high) >> 1
+            if prefix[_DEPTHS[middle] - 1] in items:
+                low = middle
+            else:
+                high = middle
+        for depth in range(min(_DEPTHS[low + 1] - 1, size), _DEPTHS[low], -1):
+            if prefix[depth - 1] in items:
+                return depth
+        return _DEPTHS[low]
+
+    def record(self, prefix: Sequence[int], item_tokens: float) -> None:
+        """Note that a prompt with this chain was sent there."""
+        if not prefix:
+            return
+        items, holders, bit = self._items, self._holders, self._bit
+        anchors = _anchors(prefix)
+        count, size = len(anchors), len(prefix)
+        matched = self.match(prefix)
+        old = bisect_right(_DEPTHS, matched, hi=count)
+        last = prefix[-1]
+        if last in items:
+            items.move_to_end(last)
+        elif size > _DEPTHS[count - 1]:
+            above = max(matched, _DEPTHS[count - 1])
+            items[last] = (size - above) * item_tokens
+            self._held += items[last]
+            holders[last] = holders.get(last, 0) | bit
+        # What the last item of an earlier prompt stood for is now part of the anchor after it.
+        tail = prefix[matched - 1] if old and matched > _DEPTHS[old - 1] and old < count else None
+        for place in range(count - 1, old - 1, -1):
+            tokens = (_DEPTHS[place] - (_DEPTHS[place - 1] if place else 0)) * item_tokens
+            anchor = anchors[place]
+            # None of these is held, unless the chain was made up.
+            self._held += tokens - items.pop(anchor, 0.0)
+            items[anchor] = tokens
+            holders[anchor] = holders.get(anchor, 0) | bit
+        if tail is not None:
+            self._held -= items[tail]
+            items[tail] = 0.0
+        held = filter(items.__contains__, reversed(anchors[:old]))  # all, unless it was made up
+        deque(map(items.move_to_end, held), maxlen=0)
+        while self._held > self.capacity_tokens and items:
+            self._forget(*items.popitem(last=False))
+
+    def _forget(self, item: int, tokens: float) -> None:
+        self._held -= tokens
+        rest = self._holders[item] & ~self._bit
+        if rest:
+            self._holders[item] = rest
+        else:
+            del self._holders[item]
+
+    def clear(self) -> None:
+        """Forget everything (the endpoint restarted)."""
+        for item, tokens in self._items.items():
+            self._forget(item, tokens)
+        self._items.clear()
+        self._held = 0.0
+
+    def newest(self, most: int) -> list[tuple[int, float]]:
+        """Return up to ``most`` items with their tokens, the least recently used first."""
+        items = list(self._items.items())
+        return items[max(0, len(items) - most) :]
+
+    def restore(self, items: Iterable[tuple[int, float]]) -> None:
+        """Take up what `newest` returned, in its order."""
+        for item, tokens in items:
+            self._held += tokens - self._items.pop(item, 0.0)
+            self._items[item] = tokens
+            self._holders[item] = self._holders.get(item, 0) | self._bit
+        while self._held > self.capacity_tokens and self._items:
+            self._forget(*self._items.popitem(last=False))
+
+    @property
+    def held_tokens(self) -> float:
+        """Tokens believed to be cached."""
+        return self._held
