@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, str] = {
     "plan": "place calls on a fleet and write the dispatch table",
     "plan-worker": "plan for a gateway, snapshot by snapshot",
     "simulate": "compare policies on a simulated fleet",
+    "study": "run a named study of policies over many settings",
     "serve": "run the gateway in front of a fleet",
     "check-config": "check the gateway's configuration",
     "mock-fleet": "run mock vLLM endpoints on this machine",

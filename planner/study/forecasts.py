@@ -11,7 +11,6 @@ wrong      learned, with the answer lengths of the call sites dealt out anew
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,14 +102,13 @@ def oracle(mix: Mix) -> EstimateTable:
             )
             for template in mix.templates
         },
-        version="oracle",
+        version=f"oracle-{mix.fingerprint}",
     )
 
 
 def _learned(mix: Mix, fleet: Fleet, folder: Path | None) -> EstimateTable:
-    parts = (mix.name, fleet.content_hash(), *sorted(w.content_hash for w in mix.workflows))
-    key = hashlib.sha256("/".join(parts).encode()).hexdigest()[:12]
-    file = None if folder is None else folder / f"{mix.name}-{fleet.name}-{key}.json"
+    name = f"{mix.name}-{fleet.name}-{mix.fingerprint[:6]}{fleet.content_hash()[:6]}.json"
+    file = None if folder is None else folder / name
     if file is not None and file.exists():
         return load_estimates(file)
     from models.training import train  # scikit-learn takes a second to load

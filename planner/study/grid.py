@@ -6,6 +6,7 @@ The study folder holds
     tables/*.json      dispatch tables, one for all loads of a fleet, mix and forecast
     alone/*.json       latency of each run alone on the idle fleet, by seed
     cells/*.json       one result each, tuning cells included
+    clairvoyant/*.json what knowing all lengths gains, by setting and seed
 
 A cell's file is named by a hash of all that its result depends on: setting, policy, parameters,
 table, seed, number of runs, and `CODE_SCHEMA`. So an interrupted study goes on where it was, and
@@ -19,7 +20,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,14 @@ from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.run import RunSpec
 from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune
+from planner.study.clairvoyant import Clairvoyant, estimate
 from planner.study.loads import capacity_rps
 from planner.study.measure import CellResult, measure, standalone_s
 from planner.study.mixes import joined, split_table
 from planner.study.settings import Setting, workload
 from planner.study.studies import Study
 
-__all__ = ["CODE_SCHEMA", "Outcome", "chosen_settings", "run_study"]
+__all__ = ["CODE_SCHEMA", "Outcome", "chosen_settings", "run_clairvoyant", "run_study"]
 
 CODE_SCHEMA = 1
 """Raised when a change of the code makes earlier cells incomparable."""
@@ -46,6 +48,7 @@ TUNING_SEED = 1000
 """Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
 PLANNED_LOADS = (0.4, 0.6, 0.8, 0.9)
 """Loads that a dispatch table is planned for; it serves every load of its fleet and mix."""
+CLAIRVOYANT_RUNS, CLAIRVOYANT_SEEDS = 80, 2
 
 Progress = Callable[[str], None]
 
@@ -75,7 +78,7 @@ class _Job:
     def key(self) -> str:
         document = {
             "schema": CODE_SCHEMA,
-            "setting": self.setting.to_json(),
+            "setting": _content(self.setting),
             "policy": self.setup.policy,
             "parameters": {k: repr(v) for k, v in sorted(self.setup.shown_parameters.items())},
             "table": self.setup.table.version if self.setup.table else None,
@@ -174,6 +177,46 @@ def run_study(
     return outcomes
 
 
+def run_clairvoyant(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 2,
+    data: Path | None = None,
+    progress: Progress = lambda _: None,
+) -> dict[Setting, list[Clairvoyant]]:
+    """Return the clairvoyant estimates of a study that asks for them, by setting.
+
+    They are the slow part of a study; each is kept as a file, as cells are.
+    """
+    if not study.clairvoyant_steps:
+        return {}
+    (folder / "clairvoyant").mkdir(parents=True, exist_ok=True)
+    wanted = [(one, seed) for one in study.settings for seed in range(CLAIRVOYANT_SEEDS)]
+    pool = Parallel(n_jobs=jobs, return_as="generator")
+    found: dict[Setting, list[Clairvoyant]] = {}
+    done = pool(
+        delayed(_clairvoyant)(setting, seed, study.clairvoyant_steps, folder, data)
+        for setting, seed in wanted
+    )
+    for (setting, seed), result in zip(wanted, done, strict=True):
+        progress(f"clairvoyant {setting.name}, seed {seed}: saves {result.gap:.1%}")
+        found.setdefault(setting, []).append(result)
+    return found
+
+
+def _clairvoyant(
+    setting: Setting, seed: int, steps: int, folder: Path, data: Path | None
+) -> Clairvoyant:
+    key = _hash([CODE_SCHEMA, _content(setting), seed, steps, CLAIRVOYANT_RUNS])
+    file = folder / "clairvoyant" / f"{key}.json"
+    if not file.exists():
+        runs = workload(setting, seed, CLAIRVOYANT_RUNS, data=data)
+        world, graphs = _world(setting, folder), setting.make_mix().workflows
+        _write(file, asdict(estimate(runs, world, graphs, steps=steps, seed=seed)))
+    return Clairvoyant(**read_json(file, what="clairvoyant estimate"))
+
+
 @dataclass(slots=True, kw_only=True)
 class _Runner:
     folder: Path
@@ -203,9 +246,7 @@ class _Runner:
     def results(self, cells: Sequence[_Job], what: str) -> list[CellResult]:
         """Return the results of cells, in their order; those on file are read."""
         missing = list(
-            {
-                job.key: job for job in cells if not (self.resume and job.file.exists())
-            }.values()
+            {job.key: job for job in cells if not (self.resume and job.file.exists())}.values()
         )
         started = time.monotonic()
         if missing:
@@ -232,6 +273,13 @@ def _span(seconds: float) -> str:
 def _hash(document: Any) -> str:
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@lru_cache(maxsize=256)
+def _content(setting: Setting) -> str:
+    """Return what a setting stands for: its fields, and what its names mean at present."""
+    names = json.dumps(setting.to_json(), sort_keys=True)
+    return f"{names} {setting.make_fleet().content_hash()} {setting.make_mix().fingerprint}"
 
 
 def _read(file: Path) -> CellResult:
@@ -278,7 +326,7 @@ def _world(setting: Setting, folder: Path) -> World:
 def _alone(job: _Job, runs: Sequence[RunSpec], world: World) -> list[float]:
     """Return the standalone latencies: they do not depend on load, arrivals or policy."""
     plain = replace(job.setting, load=1.0, arrivals="poisson")
-    key = _hash([CODE_SCHEMA, plain.to_json(), job.seed, job.runs])
+    key = _hash([CODE_SCHEMA, _content(plain), job.seed, job.runs])
     file = job.folder / "alone" / f"{key}.json"
     if not file.exists():
         _write(file, [round(value, 6) for value in standalone_s(runs, world)])
@@ -299,8 +347,7 @@ def _table(setting: Setting, folder: Path, progress: Progress) -> DispatchTable:
 
     world, mix = _world(setting, folder), setting.make_mix()
     estimates = world.forecaster.estimates
-    key = _hash([CODE_SCHEMA, world.fleet.content_hash(), mix.name, estimates.version,
-                 [workflow.content_hash for workflow in mix.workflows]])  # fmt: skip
+    key = _hash([CODE_SCHEMA, world.fleet.content_hash(), mix.fingerprint, estimates.version])
     file = folder / "tables" / f"{key}.json"
     if file.exists():
         return load_table(file)

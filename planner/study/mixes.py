@@ -6,6 +6,7 @@ places them together; `split_table` gives the rows of its table back to the work
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -61,6 +62,12 @@ class Mix:
     def workflows(self) -> tuple[Workflow, ...]:
         """Their graphs."""
         return tuple(template.workflow for template in self.templates)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change when anything that its runs are drawn from changes."""
+        content = repr([self.parts, self.templates])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def runs(self, arrivals_s: Sequence[float], *, seed: int) -> tuple[RunSpec, ...]:
         """Return one realised run per arrival.

@@ -110,7 +110,5 @@ def workload(
     The runs of a seed do not depend on the load, only the times between them do.
     """
     rng = np.random.default_rng([seed, 0])
-    times = arrival_times(
-        setting.arrivals, setting.rate_rps, runs, rng, cv=setting.cv, data=data
-    )
+    times = arrival_times(setting.arrivals, setting.rate_rps, runs, rng, cv=setting.cv, data=data)
     return setting.make_mix().runs(list(times), seed=seed)

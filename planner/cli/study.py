@@ -1,0 +1,100 @@
+"""`almanac study`: named comparisons over a grid of settings, tuned, paired, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.cli.checks import at_least, out_folder
+from planner.cli.compare import progress
+
+if TYPE_CHECKING:
+    from planner.study.studies import Study
+
+__all__ = ["register", "run"]
+
+
+def register(subparsers: Any) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "study",
+        help="run a named study of policies over many settings",
+        description="Compare policies over a grid of fleets, loads and workflow mixes on the same "
+        "simulated runs. Policies with parameters are tuned on other seeds with equal budgets. "
+        "Each finished simulation is kept in the output folder: a study that was interrupted goes "
+        "on where it was. Writes results.json and report.html there.",
+    )
+    parser.add_argument(
+        "--study", metavar="NAME", default="smoke",
+        help="value (fleets x loads x KV) or smoke (two settings) (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="study folder")
+    parser.add_argument("--seeds", type=int, help="replications (default: the study's)")
+    parser.add_argument("--runs", type=int, help="runs per seed (default: the study's)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes to simulate with (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--settings", metavar="GLOB", help="settings to run, as in 'h02-scarce-*/0.85/*'"
+    )
+    parser.add_argument(
+        "--policies", metavar="A,B",
+        help="policies to compare, as name or name:key=value+key=value (default: the study's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", type=Path, help="folder of the public datasets, for recorded arrivals"
+    )
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="use the simulations that the folder already holds (default: yes)",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="name the settings and stop")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code."""
+    from planner.study.grid import run_clairvoyant, run_study
+    from planner.study.outcome import document, save_document, study_table
+
+    at_least(args, seeds=1, runs=10, jobs=1)
+    out_folder(args.out, "--out")
+    study = _study(args)
+    if args.list:
+        for setting in study.settings:
+            print(setting.name)
+        return 0
+    outcomes = run_study(
+        study, args.out, jobs=args.jobs, data=args.data, resume=args.resume, progress=progress
+    )
+    known = run_clairvoyant(study, args.out, jobs=args.jobs, data=args.data, progress=progress)
+    found = document(study, outcomes, known)
+    save_document(found, args.out / "results.json")
+    from planner.report.study_page import write_study_page  # matplotlib is slow to load
+
+    progress(f"wrote {write_study_page(found, args.out / 'report.html')}")
+    print(json.dumps(found) if args.json else study_table(found))
+    return 0
+
+
+def _study(args: argparse.Namespace) -> Study:
+    """Return the study as the options change it."""
+    from planner.study.grid import chosen_settings
+    from planner.study.studies import make_study
+
+    study = make_study(args.study)
+    study = replace(study, settings=chosen_settings(study, args.settings))
+    if args.policies:
+        names = [part.strip().replace("+", ",") for part in args.policies.split(",")]
+        study = replace(study, policies=tuple(filter(None, names)))
+    if args.seeds:
+        study = replace(study, seeds=args.seeds)
+    if args.runs:
+        # Tuning keeps its share, so that a short study is short throughout.
+        tuning = max(10, round(study.tuning_runs * args.runs / study.runs))
+        study = replace(study, runs=args.runs, tuning_runs=tuning)
+    return study
