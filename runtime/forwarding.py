@@ -698,6 +698,7 @@ class Forwarder:
         await downstream.start(begun.status, headers)
         if begun.events:
             await downstream.write(begun.events)
+        patience.client_took()
         broken, kind, seen = "", "broken", tap.chunks
         try:
             async with Watch(patience.stall_left_s):

@@ -27,7 +27,10 @@ REFUSED = EndpointUnreachable("refused")
 
 
 class FakeUpstream:
-    """An answer from a list of chunks; an exception in it is raised, "hang" never ends."""
+    """An answer from a list of chunks.
+
+    An exception among them is raised, an event waited for, and "hang" never ends.
+    """
 
     def __init__(self, status, chunks, *, stream):
         self.status = status
@@ -44,6 +47,9 @@ class FakeUpstream:
                 await asyncio.Event().wait()
             if isinstance(chunk, Exception):
                 raise chunk
+            if isinstance(chunk, asyncio.Event):
+                await chunk.wait()
+                continue
             yield chunk
 
     async def __aenter__(self):
@@ -202,6 +208,235 @@ async def test_a_stream_that_breaks_later_ends_with_an_error_event(bench, end):
     assert one.client.data.endswith(DONE)
     assert one.client.data.count(DONE) == 1
     assert one.sent == [1, 0]
+    assert one.clean
+
+
+IMPATIENT = {"first_byte_floor_s": 0.001, "stall_floor_s": 0.001, "timeout_multiple": 1.0}
+STUCK = stream("hang")
+
+
+def counted(one, name):
+    """Return the lines of a metric that are not zero."""
+    lines = one.control.metrics_text().splitlines()
+    return [line for line in lines if line.startswith(name) and not line.endswith(" 0")]
+
+
+@pytest.mark.parametrize("stuck", ["hang", STUCK, stream(b": keep-alive\n\n", "hang")])
+async def test_a_late_first_byte_is_not_waited_for(bench, stuck):
+    """An endpoint that sends nothing, or only comments, is left for another one, and let go."""
+    one = bench([stuck], [stream(*GOOD_STREAM)], config=IMPATIENT)
+    await one.ask(stream=True)
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.client.headers["x-almanac-attempts"] == "2"
+    assert counted(one, "almanac_retries_total{") == [
+        'almanac_retries_total{endpoint="e0",reason="late"} 1'
+    ]
+    assert one.clean
+
+
+async def test_a_late_whole_answer_is_not_waited_for(bench):
+    """Without a stream the limit is on the whole answer, by the length it allows itself."""
+    one = bench([whole(200, "hang")], [whole(200, GOOD_BODY)], config=IMPATIENT)
+    answer = await one.ask(max_tokens=2)
+    assert answer.headers["x-almanac-endpoint"] == "e1"
+    assert one.clean
+
+
+async def test_late_is_better_than_never(bench, until):
+    """Where nobody else could answer, a late endpoint is waited for."""
+    come = asyncio.Event()
+    one = bench([stream(come, *GOOD_STREAM)], config=IMPATIENT)
+    task = asyncio.create_task(one.ask(stream=True))
+    start_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > start_s + 0.1, 0.01)
+    assert not task.done()
+    come.set()
+    await task
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.sent == [1]
+
+
+async def test_the_last_attempt_is_waited_for(bench, until):
+    """A call whose other attempts were all late is not given up once more."""
+    come = asyncio.Event()
+    one = bench([STUCK], [stream(come, *GOOD_STREAM)], [STUCK], config={**IMPATIENT, "retries": 1})
+    task = asyncio.create_task(one.ask(stream=True))
+    await until(lambda: one.sent == [1, 1, 0])
+    start_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > start_s + 0.1, 0.01)
+    come.set()
+    await task
+    assert one.client.headers["x-almanac-endpoint"] == "e1"
+    assert one.clean
+
+
+async def test_a_fleet_that_is_late_is_not_sent_everything_twice(bench, until):
+    """While breakers are closed, only a share of the calls may be taken elsewhere for lateness."""
+    one = bench([STUCK], [STUCK], config={**IMPATIENT, "breaker_failures": 10**6, "retries": 10**6})
+    tasks = [asyncio.create_task(one.ask(stream=True)) for _ in range(40)]
+    start_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > start_s + 0.3, 0.01)
+    assert 40 < sum(one.sent) <= 40 + 10 + 0.2 * 50
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert one.clean
+
+
+async def test_an_endpoint_that_falls_silent_is_given_up_with_an_error_event(bench):
+    """In the middle of an answer there is no other way; it is counted, and the end is clean."""
+    one = bench([stream(TOKEN, "hang")], [stream(*GOOD_STREAM)], config=IMPATIENT)
+    await one.ask(stream=True)
+    first, error, end, rest = one.client.data.split(b"\n\n")
+    assert (first + b"\n\n", end + b"\n\n", rest) == (TOKEN, DONE, b"")
+    assert json.loads(error[6:])["error"]["code"] == 502
+    assert counted(one, "almanac_streams_cut_total{") == [
+        'almanac_streams_cut_total{endpoint="e0",reason="silent"} 1'
+    ]
+    assert one.clean
+
+
+async def test_one_stream_may_stand_still_while_others_move(bench):
+    """A preempted request is silent for long: only an endpoint silent as a whole is given up."""
+    come, start_s = asyncio.Event(), asyncio.get_running_loop().time()
+    one = bench([stream(TOKEN, come, *GOOD_STREAM)], config={**IMPATIENT, "stall_floor_s": 0.1})
+    task = asyncio.create_task(one.ask(stream=True))
+    while asyncio.get_running_loop().time() < start_s + 0.3:
+        one.control.guard.heard_s[0] = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.01)
+    assert not task.done()
+    come.set()
+    await task
+    assert one.client.data == TOKEN * 3 + DONE
+
+
+async def test_a_client_that_reads_slowly_is_not_the_endpoint_s_fault(bench):
+    """The limit on silence stands still while the client is what keeps the answer."""
+
+    class Slow(FakeClient):
+        async def write(self, data):
+            await asyncio.sleep(0.05)
+            await super().write(data)
+
+    one = bench([stream(*GOOD_STREAM)], config={**IMPATIENT, "stall_floor_s": 0.01})
+    one.client = Slow()
+    await one.ask(stream=True)
+    assert one.client.data == TOKEN + TOKEN + DONE
+
+
+async def test_an_endpoint_over_its_rate_is_passed_by(bench):
+    """429 of an endpoint goes elsewhere and opens nothing; from the only one it is passed on."""
+    one = bench([whole(429, b"{}")], [whole(200, GOOD_BODY)], config={"breaker_failures": 1})
+    for _ in range(4):
+        assert (await one.ask()).status == 200
+    assert not one.control.breakers[0].down
+    alone = bench([whole(429, b"{}")])
+    assert (await alone.ask()).status == 429
+
+
+async def test_a_call_that_fails_everywhere_is_at_fault_itself(bench):
+    """A poisoned request gets 500 from every endpoint and takes none of them out."""
+    one = bench(*[[whole(500, b"{}")]] * 3, config={"breaker_failures": 1})
+    for _ in range(5):
+        assert (await one.ask()).status == 500
+    assert not any(breaker.down for breaker in one.control.breakers)
+
+
+async def test_hedging_is_off_unless_given_a_share(bench, until):
+    """A late call is sent once only."""
+    come = asyncio.Event()
+    one = bench([stream(come, *GOOD_STREAM)], [stream(*GOOD_STREAM)])
+    task = asyncio.create_task(one.ask(stream=True))
+    start_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > start_s + 0.1, 0.01)
+    assert one.sent == [1, 0]
+    come.set()
+    await task
+
+
+async def test_a_late_call_is_hedged_and_answered_once(bench):
+    """The second endpoint answers first; the other attempt is cancelled, and nobody is blamed."""
+    one = bench([STUCK], [stream(*GOOD_STREAM)], config={"hedge_share": 0.1})
+    await one.ask(stream=True)
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.client.headers["x-almanac-endpoint"] == "e1"
+    assert one.client.headers["x-almanac-attempts"] == "2"
+    assert counted(one, "almanac_hedges_total{") == ['almanac_hedges_total{outcome="won"} 1']
+    assert counted(one, "almanac_attempts_total{") == [
+        'almanac_attempts_total{endpoint="e0",status="cancelled"} 1',
+        'almanac_attempts_total{endpoint="e1",status="ok"} 1',
+    ]
+    assert not any(breaker.down for breaker in one.control.breakers)
+    assert one.clean
+
+
+async def test_the_first_attempt_may_still_win(bench, until):
+    """A hedged call is answered by the first endpoint if that one comes first."""
+    come = asyncio.Event()
+    one = bench([stream(come, *GOOD_STREAM)], [STUCK], config={"hedge_share": 0.1})
+    task = asyncio.create_task(one.ask(stream=True))
+    await until(lambda: one.sent == [1, 1])
+    come.set()
+    await task
+    assert one.client.data == TOKEN + TOKEN + DONE
+    assert one.client.headers["x-almanac-endpoint"] == "e0"
+    assert counted(one, "almanac_hedges_total{") == ['almanac_hedges_total{outcome="lost"} 1']
+    assert one.clean
+
+
+async def test_hedges_keep_to_their_budget(bench, until):
+    """Beyond the first few, no more calls are sent twice than the share allows."""
+    one = bench([STUCK], [STUCK], config={"hedge_share": 0.05})
+    tasks = [asyncio.create_task(one.ask(stream=True, max_tokens=1)) for _ in range(16)]
+    await until(lambda: sum(one.sent) >= 26)
+    start_s = asyncio.get_running_loop().time()
+    await until(lambda: asyncio.get_running_loop().time() > start_s + 0.1, 0.01)
+    assert sum(one.sent) <= 16 + 10 + 0.05 * 30
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert one.clean
+
+
+@pytest.mark.parametrize("second", [BROKEN, STUCK])
+async def test_a_hedged_call_survives_failures_and_leaving_clients(bench, until, second):
+    """Both attempts may fail, or the client may leave with both under way; nothing is left."""
+    come = asyncio.Event()
+    one = bench(
+        [stream(come, BROKEN)], [second], [stream(*GOOD_STREAM)], config={"hedge_share": 0.1}
+    )
+    task = asyncio.create_task(one.ask(stream=True))
+    await until(lambda: one.sent[1] == 1)
+    if second is STUCK:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    else:
+        come.set()
+        await task
+        assert one.client.data == TOKEN + TOKEN + DONE
+        assert one.sent == [1, 1, 1]
+    assert one.clean
+
+
+async def test_overload_is_refused_with_reason_and_time(bench, until):
+    """Beyond limit and queue a call gets 429; the reason is counted, and others go on."""
+    come = asyncio.Event()
+    one = bench([stream(come, *GOOD_STREAM)], config={"max_in_flight": 1, "queue_limit": 1})
+    first, second = (asyncio.create_task(one.ask(stream=True)) for _ in range(2))
+    await until(lambda: one.control.admission.waiting == 1)
+    with pytest.raises(ApiError) as caught:
+        await one.ask()
+    error = caught.value
+    assert (error.status, error.reason) == (429, "queue_full")
+    assert error.retry_after_s > 0
+    assert "almanac_queue_depth 1" in one.control.metrics_text()
+    come.set()
+    await asyncio.gather(first, second)
+    assert counted(one, "almanac_rejections_total{") == [
+        'almanac_rejections_total{reason="queue_full",tenant="default"} 1'
+    ]
+    assert (one.control.admission.in_flight, one.control.admission.waiting) == (0, 0)
     assert one.clean
 
 
