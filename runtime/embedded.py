@@ -59,6 +59,9 @@ def embed(
 ) -> EmbeddedRouter:
     """Start a router in this process and return it; close it, or use it as a context manager.
 
+    It returns when every endpoint was looked at once, two seconds at most: call it before an event
+    loop runs, or by ``asyncio.to_thread``.
+
     Parameters
     ----------
     fleet

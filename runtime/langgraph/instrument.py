@@ -158,7 +158,7 @@ def instrument(
     Raises
     ------
     TypeError
-        If the graph has not been compiled.
+        If the graph has not been compiled, or the gateway is neither address nor router.
     ValueError
         If the gateway is not an http address or a declaration names an unknown outcome.
     """
@@ -171,6 +171,8 @@ def instrument(
             "not a LangGraph, left as it is", extra={"type": type(compiled_graph).__name__}
         )
         return compiled_graph
+    if not (gateway is None or isinstance(gateway, str) or hasattr(gateway, "emit")):
+        raise TypeError(f"gateway={gateway!r:.80}: give http://host:port or an embedded router")
     try:
         ir = workflow_ir(compiled_graph, workflow)
     except TypeError as error:

@@ -5,8 +5,8 @@ checkpoints. A graph that is invoked with None or a `Command` goes on where a th
 this process or in another one: the same run, session and visits. Starting from an older checkpoint
 of a thread is another run, and so is new input.
 
-Visits are restored for the nodes of the graph itself, from as many checkpoints as it has kept; in
-sub-graphs they begin at 0 again.
+Visits are restored for the nodes of the graph itself, from the checkpoints that were kept (the
+last 500 of the run at most: each is read with its state); in sub-graphs they begin at 0 again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from runtime.langgraph.settings import RUN_ID_KEY
 __all__ = ["Resumption", "aresumption", "persists", "resumption"]
 
 _log = logging.getLogger(__name__)
+
+_MOST_CHECKPOINTS = 500
 
 Config = Mapping[str, Any]
 
@@ -70,7 +72,7 @@ def resumption(graph: Any, given: Any, *configs: Config | None) -> Resumption | 
         return None
     try:
         latest = graph.get_state(configs[-1])
-        history = list(graph.get_state_history(configs[-1], filter=_same_run(latest)))
+        history = list(graph.get_state_history(configs[-1], **_of_the_run(latest)))
     except Exception:  # noqa: BLE001 the application comes first
         _log.debug("no identity in the checkpoint", exc_info=True)
         return None
@@ -83,7 +85,7 @@ async def aresumption(graph: Any, given: Any, *configs: Config | None) -> Resump
         return None
     try:
         latest = await graph.aget_state(configs[-1])
-        rows = graph.aget_state_history(configs[-1], filter=_same_run(latest))
+        rows = graph.aget_state_history(configs[-1], **_of_the_run(latest))
         history = [one async for one in rows]
     except Exception:  # noqa: BLE001 as above
         _log.debug("no identity in the checkpoint", exc_info=True)
@@ -99,8 +101,9 @@ def _goes_on(graph: Any, given: Any, configs: Iterable[Config | None]) -> bool:
     )
 
 
-def _same_run(latest: StateSnapshot) -> dict[str, Any]:
-    return {RUN_ID_KEY: (latest.metadata or {}).get(RUN_ID_KEY, "")}
+def _of_the_run(latest: StateSnapshot) -> dict[str, Any]:
+    run_id = (latest.metadata or {}).get(RUN_ID_KEY, "")
+    return {"filter": {RUN_ID_KEY: run_id}, "limit": _MOST_CHECKPOINTS}
 
 
 def _resumption(latest: StateSnapshot, history: Iterable[StateSnapshot]) -> Resumption | None:

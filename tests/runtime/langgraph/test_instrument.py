@@ -297,6 +297,8 @@ def test_mistakes_at_start_are_named() -> None:
         instrument(StateGraph(State))
     with pytest.raises(ValueError, match="http://host:port"):
         instrument(loop(), gateway="localhost:8000")
+    with pytest.raises(TypeError, match="gateway=8000: give http://host:port or"):
+        instrument(loop(), gateway=8000)  # type: ignore[arg-type]
 
 
 async def test_gateway_gets_graph_and_events(stub: Any) -> None:

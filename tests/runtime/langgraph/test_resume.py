@@ -1,5 +1,6 @@
 """Runs that stop at a checkpoint and go on later: the same run, in any process."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command
 
 import almanac
+from runtime.langgraph.identity import identity_headers
+from runtime.langgraph.instrument import instrument
 from runtime.langgraph.settings import run
 
 PROGRAM = Path(__file__).with_name("checkpoints.py")
@@ -99,6 +103,41 @@ def test_events_say_that_a_run_goes_on() -> None:
         {"type": "run_end", "status": "ok"},
     ]
     assert len({event["run_id"] for event in listener.events}) == 1
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_run_that_broke_goes_on(asynchronous: bool) -> None:
+    """After a failure the thread is taken up again with no input: the same run.
+
+    The node that failed is entered for the same visit as before, what was done is not done again.
+    """
+    seen: list[tuple[str, str, str]] = []
+    failures = iter([True, False])
+
+    def node(name: str) -> Any:
+        def function(state: Any) -> dict[str, Any]:
+            given = identity_headers()
+            seen.append((given["x-almanac-run-id"], name, given["x-almanac-visit"]))
+            if name == "second" and next(failures):
+                raise OSError("the process died here")
+            return {}
+
+        return function
+
+    graph = StateGraph(checkpoints.State)
+    graph.add_node("first", node("first"))
+    graph.add_node("second", node("second"))
+    graph.add_edge(START, "first")
+    graph.add_edge("first", "second")
+    app = instrument(graph.compile(checkpointer=InMemorySaver()))
+    with pytest.raises(OSError, match="died here"):
+        await app.ainvoke({}, THREAD)
+    if asynchronous:
+        await app.ainvoke(None, THREAD)
+    else:
+        await asyncio.to_thread(app.invoke, None, THREAD)
+    assert [row[1:] for row in seen] == [("first", "0"), ("second", "0"), ("second", "0")]
+    assert len({run_id for run_id, *_ in seen}) == 1
 
 
 def test_what_does_not_go_on_is_a_run_of_its_own() -> None:
