@@ -17,7 +17,6 @@ import contextlib
 import importlib
 import json
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -283,6 +282,8 @@ class EmbeddedRouter:
             return await self._gateway.forwarder.serve(path, body, headers, passed_on, pipe)
         except ApiError as error:
             refused = error
+        except InvalidInput as error:
+            refused = ApiError(400, str(error))
         except ClientGone:
             raise
         except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
@@ -291,9 +292,7 @@ class EmbeddedRouter:
                 pipe.put(Failure("internal error of the embedded router"))
                 return None
             refused = ApiError(500, "Internal error of the router.")
-        retry_s = refused.retry_after_s
-        more = {} if retry_s is None else {"retry-after": str(max(1, math.ceil(retry_s)))}
-        return _json(refused.status, refused.body, more)
+        return _json(refused.status, refused.body, refused.headers)
 
     def _soon(self, action: Callable[[], object]) -> None:
         with self._lock:

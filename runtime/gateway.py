@@ -27,7 +27,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
@@ -569,12 +568,12 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
 
 
 def _error_response(error: ApiError) -> web.Response:
-    response = web.Response(status=error.status, body=error.body, content_type="application/json")
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    if error.reason is not None:
-        response.headers["x-almanac-reason"] = error.reason
-    return response
+    return web.Response(
+        status=error.status,
+        body=error.body,
+        content_type="application/json",
+        headers=error.headers,
+    )
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class ApiError(Exception):
     def body(self) -> bytes:
         """The JSON error body."""
         return error_body(self.status, self.message, self.kind, self.param)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of the answer, its content type left out."""
+        found: dict[str, str] = {}
+        if self.retry_after_s is not None:
+            found["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.reason is not None:
+            found["x-almanac-reason"] = self.reason
+        return found
 
 
 def error_body(status: int, message: str, kind: str, param: str | None = None) -> bytes:
