@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from planner.dispatch.policies.base import Choice, Policy
+from planner.dispatch.policies.cache_aware import CacheAware, CacheAwareSmg, ExpectedWait
 from planner.dispatch.policies.classic import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
 from planner.dispatch.policies.finish import LeastExpectedFinish, MarginalCost
+from planner.dispatch.policies.hexagent import HexAGenT
 from planner.dispatch.policies.orders import (
     Atlas,
     FirstComeCall,
@@ -19,6 +21,8 @@ from planner.dispatch.policies.orders import (
 )
 from planner.dispatch.policies.planned import Planned
 from planner.dispatch.policies.prefix import PrefixAffinity
+from planner.dispatch.policies.scores import KvCost, WeightedScorers
+from planner.dispatch.policies.sticky import ConsistentHash, SessionAffinity
 from planner.domain.errors import InvalidInput
 
 __all__ = ["POLICIES", "Choice", "Planned", "Policy", "make_policy", "parse_policy"]
@@ -31,6 +35,13 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
         LeastLoad,
         PowerOfTwo,
         PrefixAffinity,
+        ExpectedWait,
+        CacheAware,
+        CacheAwareSmg,
+        ConsistentHash,
+        SessionAffinity,
+        KvCost,
+        WeightedScorers,
         LeastExpectedFinish,
         MarginalCost,
         FirstComeCall,
@@ -39,6 +50,7 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
         LeastAttainedService,
         Plas,
         Atlas,
+        HexAGenT,
         Planned,
     )
 }

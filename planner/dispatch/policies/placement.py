@@ -19,12 +19,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.dispatch.cost import Cost, call_cost
 from planner.dispatch.pairing import pull_s
-from planner.dispatch.policies.base import Ready, cost_of
+from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Placement", "Route", "has_room", "routes", "service_s"]
+__all__ = ["Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
+
+_MOST_PAIRS = 256
+"""Sets of endpoints whose ways are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +42,6 @@ class Route:
         The endpoint it is sent to.
     decode
         The endpoint that takes over after the prefill, or None.
-    own_s
-        Seconds from now to the finish, waits included.
     cost
         Of the part on ``entry``.
     ends
@@ -47,36 +50,107 @@ class Route:
 
     entry: EndpointState
     decode: EndpointState | None
-    own_s: float
     cost: Cost
     ends: tuple[tuple[EndpointState, float], ...]
 
 
-def routes(ready: Ready) -> list[Route]:
-    """Return the routes of a ready call, in fleet order; never empty."""
-    call, now_s = ready.call, ready.now_s
-    forecast = ready.forecaster.of(call)
-    found: list[Route] = []
-    decodes: dict[int, Cost] = {}
-    for state in ready.candidates:
-        cost = cost_of(call, forecast, state, now_s)
-        if state.endpoint.role != "prefill":
-            found.append(Route(state, None, cost.own_s, cost, ((state, cost.service_s),)))
-            continue
-        for decode in ready.decoders:
-            if decode.endpoint.model != state.endpoint.model:
-                continue
-            rest = decodes.get(decode.index)
-            if rest is None:
-                rest = decodes[decode.index] = call_cost(
-                    call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, decode, now_s,
-                    prefilled=True,
-                )  # fmt: skip
-            missing = call.prompt_tokens - decode.prefix.match(call.prefix) * call.prefix_tokens
-            own_s = cost.own_s + pull_s(missing, state, decode) + rest.own_s
-            ends = ((state, cost.service_s), (decode, rest.service_s))
-            found.append(Route(state, decode, own_s, cost, ends))
-    return found
+class Pairs:
+    """The ways through some endpoints, whatever the call: each whole one, each pair of a model.
+
+    Parameters
+    ----------
+    entries
+        Endpoints that calls are sent to.
+    decoders
+        Decode endpoints; empty without pools.
+
+    Attributes
+    ----------
+    indices
+        Fleet indices of the endpoint each way enters and of the one it decodes on, -1 if the same.
+    entry, decode
+        Their places among ``entries`` and ``decoders``, 0 for no decoder; shape (ways,).
+    pull_s
+        Seconds per token of KV that a way moves; shape (ways,).
+    """
+
+    __slots__ = ("_kept", "decode", "entry", "indices", "pull_s")
+
+    def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
+        ways = [
+            (place, other)
+            for place, state in enumerate(entries)
+            for other in _decoders(state, decoders)
+        ]
+        self._kept = [state.endpoint for state in (*entries, *decoders)]
+        self.indices = [
+            (entries[place].index, -1 if other is None else decoders[other].index)
+            for place, other in ways
+        ]
+        self.entry = np.array([place for place, _ in ways])
+        self.decode = np.array([other or 0 for _, other in ways])
+        self.pull_s = np.array(
+            [
+                0.0 if other is None else pull_s(1.0, entries[place], decoders[other])
+                for place, other in ways
+            ]
+        )
+
+
+def _decoders(state: EndpointState, decoders: Sequence[EndpointState]) -> list[int | None]:
+    if state.endpoint.role != "prefill":
+        return [None]
+    model = state.endpoint.model
+    return [other for other, one in enumerate(decoders) if one.endpoint.model == model]
+
+
+class Routes:
+    """All ways of a ready call; never none.
+
+    Attributes
+    ----------
+    pairs
+        The ways.
+    own_s
+        Seconds from now to the finish on each way, waits included; shape (ways,).
+    """
+
+    __slots__ = ("_costs", "_ready", "_rest", "own_s", "pairs")
+
+    def __init__(self, ready: Ready, pairs: Pairs) -> None:
+        self._ready = ready
+        self._costs = costs_of(ready)
+        self._rest: list[Cost] = []
+        self.pairs = pairs
+        self.own_s = self._costs.own_s
+        if not ready.decoders:
+            return
+        call = ready.call
+        forecast = ready.forecaster.of(call)
+        missing: list[float] = []
+        for state in ready.decoders:
+            held = state.prefix.match(call.prefix) * call.prefix_tokens
+            missing.append(max(0.0, call.prompt_tokens - held))
+            rest = call_cost(
+                call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state,
+                ready.now_s, prefilled=True,
+            )  # fmt: skip
+            self._rest.append(rest)
+        split = np.array([index >= 0 for _, index in pairs.indices])
+        rest_s = np.array([rest.own_s for rest in self._rest])
+        self.own_s = self.own_s[pairs.entry] + np.array(missing)[pairs.decode] * pairs.pull_s
+        self.own_s += rest_s[pairs.decode] * split
+
+    def route(self, way: int) -> Route:
+        """Return one way in full."""
+        place = int(self.pairs.entry[way])
+        state, cost = self._ready.candidates[place], self._costs[place]
+        if self.pairs.indices[way][1] < 0:
+            return Route(state, None, cost, ((state, cost.service_s),))
+        other = int(self.pairs.decode[way])
+        decode = self._ready.decoders[other]
+        ends = ((state, cost.service_s), (decode, self._rest[other].service_s))
+        return Route(state, decode, cost, ends)
 
 
 def service_s(
@@ -128,6 +202,7 @@ class Placement:
     """Earliest expected finish over all routes, with room kept for those that wait."""
 
     def __init__(self) -> None:
+        self._pairs: dict[tuple[int, ...], Pairs] = {}
         self._booked_s: dict[int, float] = {}
         self._closed: set[int] = set()
 
@@ -138,23 +213,46 @@ class Placement:
 
     def open(self, fleet: FleetView) -> bool:
         """Return whether anything could still be sent in this pass."""
-        return any(
-            state.healthy and state.endpoint.role != "decode" and self.admits(state)
-            for state in fleet.states
-        )
+        able: dict[str, set[str]] = {}  # model -> roles with room
+        for state in fleet.states:
+            if state.healthy and self.admits(state):
+                endpoint = state.endpoint
+                if endpoint.role == "both":
+                    return True
+                roles = able.setdefault(endpoint.model, set())
+                roles.add(endpoint.role)
+                if len(roles) == 2:
+                    return True
+        return False
 
     def admits(self, state: EndpointState, tokens: float = 0.0) -> bool:
         """Return whether a call may be sent to an endpoint in this pass."""
         return state.index not in self._closed and has_room(state, tokens)
 
+    def routes(self, ready: Ready) -> Routes:
+        """Return a call's ways through the fleet."""
+        # By identity: endpoints are as good as constant, and slow to hash.
+        key = (
+            *[id(state.endpoint) for state in ready.candidates],
+            *[-id(state.endpoint) for state in ready.decoders],
+        )
+        pairs = self._pairs.get(key)
+        if pairs is None:
+            if len(self._pairs) >= _MOST_PAIRS:
+                self._pairs.clear()
+            pairs = self._pairs[key] = Pairs(ready.candidates, ready.decoders)
+        return Routes(ready, pairs)
+
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
-        return self.settle(min(routes(ready), key=self.finish_s), ready)
-
-    def finish_s(self, route: Route) -> float:
-        """Return the seconds to the finish, what others have booked included."""
-        booked = self._booked_s
-        return route.own_s + sum(booked.get(state.index, 0.0) for state, _ in route.ends)
+        routes = self.routes(ready)
+        finish_s = routes.own_s
+        if self._booked_s:
+            booked = self._booked_s.get
+            finish_s = finish_s + [
+                booked(entry, 0.0) + booked(decode, 0.0) for entry, decode in routes.pairs.indices
+            ]
+        return self.settle(routes.route(int(finish_s.argmin())), ready)
 
     def settle(self, route: Route, ready: Ready) -> Route | None:
         """Return a route if all its ends have room, else None, and keep the call's place there."""

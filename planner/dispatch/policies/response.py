@@ -24,9 +24,21 @@ from dataclasses import dataclass
 from heapq import heapify, heappop
 from typing import Any, Generic, TypeVar
 
-__all__ = ["ResponseRatio", "first_to_last"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LEAST_S", "ResponseRatio", "first_to_last", "ratios"]
 
 T = TypeVar("T")
+LEAST_S = 1e-6
+"""A denominator below this counts as this, s."""
+
+
+def ratios(
+    numerators: NDArray[np.float64], denominators: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the ratios of many items at once, shape as given; see `ResponseRatio`."""
+    return numerators / np.maximum(denominators, LEAST_S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,17 +49,14 @@ class ResponseRatio(Generic[T]):
     ----------
     numerator, denominator
         Seconds of an item.
-    least_s
-        A denominator below this counts as this, > 0.
     """
 
     numerator: Callable[[T], float]
     denominator: Callable[[T], float]
-    least_s: float = 1e-6
 
     def of(self, item: T) -> float:
         """Return the ratio of an item; larger is more urgent."""
-        return self.numerator(item) / max(self.denominator(item), self.least_s)
+        return self.numerator(item) / max(self.denominator(item), LEAST_S)
 
 
 def first_to_last(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[T]:
