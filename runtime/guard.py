@@ -386,6 +386,10 @@ class Guard:
             )
         ]
 
+    def booted(self, index: int) -> float | None:
+        """Return when an endpoint's process started, by its own clock, as far as it has said."""
+        return self._boots[index]
+
     def up_in_s(self, model: str | None, here: Iterable[int]) -> float:
         """Return the seconds until an endpoint of a model may be back, at the earliest."""
         now_s = time.monotonic()
@@ -422,7 +426,7 @@ class Guard:
             if learned is None:
                 return None
             row = learned
-        if record.finish_s is None or record.output_tokens < 1:
+        if record.finish_s is None or record.output_tokens < 1 or state.endpoint.role != "both":
             return None
         slots = state.endpoint.max_num_seqs
         calls = max(record.in_flight or 0, state.in_flight) + 1

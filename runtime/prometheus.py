@@ -67,7 +67,7 @@ class Gauge(_Metric):
     def samples(self) -> Iterable[str]:
         """Yield one line per label combination."""
         for labels, value in self._values.items():
-            yield f"{self.name}{_braces(self.labels, labels)} {value:.10g}"
+            yield f"{self.name}{_braces(self.labels, labels)} {value:.12g}"
 
 
 class Counter(Gauge):

@@ -1,0 +1,168 @@
+"""How a running gateway looks after its endpoints: health checks, restarts, drains; its trace."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from planner.domain.faults import read_fault
+from planner.domain.trace import BranchRecord, load_trace
+from runtime.health import State
+
+OFTEN = {"health_interval_s": 0.01}
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def client(s):
+    return openai.AsyncOpenAI(base_url=s.base_url, api_key="none", max_retries=0)
+
+
+async def answer(ask, text, tokens=3, **more):
+    return await ask.chat.completions.with_raw_response.create(
+        model="m",
+        messages=user(text),
+        extra_body={"vllm_xargs": {"mock_output_tokens": tokens}},
+        **more,
+    )
+
+
+def fault(s, index, kind, **settings):
+    s.mock.endpoints[index].inject(
+        read_fault({"kind": kind, "at_s": s.mock.clock.now_s(), **settings}, "test")
+    )
+
+
+async def test_an_endpoint_that_vanishes_is_noticed_without_any_call(stack, until):
+    """Health checks take an endpoint out that nobody has called, and bring it back."""
+    async with stack(2, config=OFTEN) as s:
+        fault(s, 0, "network_cut", for_s=None)
+        await until(lambda: s.control.breakers[0].down, 0.005)
+        assert s.control.breakers[0].why == "health"
+        assert not s.control.router.view.states[0].healthy
+        assert 'almanac_cb_state{endpoint="e0"} 2' in s.control.metrics_text()
+        await s.mock.endpoints[0].board.clear()
+        await until(lambda: s.control.breakers[0].state is State.HALF_OPEN, 0.005)
+        async with client(s) as ask:
+            for number in range(4):
+                await answer(ask, f"w{number}")
+        assert s.control.breakers[0].state is State.CLOSED
+        text = s.control.metrics_text()
+        assert 'almanac_cb_transitions_total{endpoint="e0",to="half_open"} 1' in text
+        assert s.control.diagnostics()["endpoints"][0]["health"]["state"] == "closed"
+
+
+async def test_a_cut_network_leaves_the_cache_warm_and_a_restart_does_not(stack, until):
+    """Whether the process is the same one tells whether its prefixes are still there."""
+    async with stack(1, config=OFTEN) as s, client(s) as ask:
+        held = s.control.router.view.states[0].prefix
+        await answer(ask, "word " * 200)
+        known = held.held_tokens
+        assert known > 0
+        await until(lambda: s.control.guard.booted(0) is not None, 0.005)
+        for kind, left in (("network_cut", known), ("cold_restart", 0.0)):
+            fault(s, 0, kind, for_s=None)
+            await until(lambda: s.control.breakers[0].down, 0.005)
+            await s.mock.endpoints[0].board.clear()
+            await until(lambda: not s.control.breakers[0].down, 0.005)
+            assert held.held_tokens == left
+        assert 'almanac_worker_restarts_total{endpoint="e0"} 1' in s.control.metrics_text()
+
+
+async def test_a_restart_between_two_looks_is_noticed(stack, until):
+    """An endpoint that is back before anybody missed it has an empty cache all the same."""
+    async with stack(1, config=OFTEN) as s, client(s) as ask:
+        held = s.control.router.view.states[0].prefix
+        await answer(ask, "word " * 200)
+        await until(lambda: s.control.guard.booted(0) is not None, 0.005)
+        s.control.endpoint_probed(0, well=True, boot_s=12345.0)
+        assert held.held_tokens == 0
+        assert s.control.breakers[0].state is State.CLOSED
+
+
+async def test_a_drained_endpoint_finishes_what_it_has(stack, until):
+    """It takes no new call, its stream ends well, and it serves again once the drain is over."""
+    async with stack(2, config=OFTEN) as s, client(s) as ask:
+        events = await ask.chat.completions.create(
+            model="m",
+            messages=user("long"),
+            stream=True,
+            extra_body={"vllm_xargs": {"mock_output_tokens": 300}},
+        )
+        busy = next(i for i, one in enumerate(s.control.router.view.states) if one.in_flight)
+        other = f"e{1 - busy}"
+        s.control.drain(busy)
+        for number in range(6):
+            raw = await answer(ask, f"w{number}")
+            assert raw.headers["x-almanac-endpoint"] == other
+        assert f'almanac_worker_draining{{endpoint="e{busy}"}} 1' in s.control.metrics_text()
+        assert len([chunk async for chunk in events]) > 300
+        await until(lambda: s.control.router.in_flight == 0)
+        assert s.control.breakers[busy].draining
+        s.control.undrain(busy)
+        served = {(await answer(ask, f"x{n}")).headers["x-almanac-endpoint"] for n in range(4)}
+        assert served == {"e0", "e1"}
+
+
+async def test_a_drained_fleet_makes_calls_wait(stack, until):
+    """With everything draining a call is held, and sent when one is taken back."""
+    async with stack(2) as s, client(s) as ask:
+        s.control.drain(0)
+        s.control.drain(1)
+        assert not s.control.ready
+        waiting = asyncio.create_task(answer(ask, "a"))
+        await until(lambda: s.control.router.held == 1)
+        s.control.undrain(1)
+        assert (await waiting).headers["x-almanac-endpoint"] == "e1"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_held_calls_take_one_on_trial_rather_than_nothing(stack, until, streams):
+    """When the last closed endpoint goes, those half-open take every call."""
+    async with stack(2) as s, client(s) as ask:
+        for index in (0, 1):
+            s.control.endpoint_failed(index, "test", unreachable=True)
+        await until(lambda: not any(one.down for one in s.control.breakers), 0.005)
+        for number in range(6):
+            assert (await answer(ask, f"w{number}", stream=streams)).status_code == 200
+
+
+def test_a_killed_gateway_leaves_a_readable_trace(tmp_path):
+    """Each record is on disk when the next begins: kill -9 loses nothing that was written."""
+    path = tmp_path / "t.jsonl"
+    story = (
+        "import sys, itertools; from pathlib import Path\n"
+        "from planner.domain.trace import BranchRecord\n"
+        "from runtime.traces import TraceWriter\n"
+        "writer = TraceWriter(Path(sys.argv[1]), header={})\n"
+        "for number in itertools.count():\n"
+        "    writer.write(BranchRecord(run_id=str(number), workflow_hash='h', branch='b' * 5000,\n"
+        "                              outcome='o', time_s=1.0))\n"
+        "    print(number, flush=True)\n"
+    )
+    with subprocess.Popen(  # noqa: S603 - our own code
+        [sys.executable, "-c", story, str(path)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        said = [int(process.stdout.readline()) for _ in range(20)]
+        os.kill(process.pid, signal.SIGKILL)
+        said += [int(line) for line in process.stdout.read().split()]
+    records = load_trace(path) if path.read_bytes().endswith(b"\n") else _whole(path)
+    assert all(isinstance(record, BranchRecord) for record in records)
+    assert len(records) >= len(said)
+
+
+def _whole(path):
+    """Read a trace whose last line was torn: opening it again cuts that off."""
+    from runtime.traces import TraceWriter
+
+    TraceWriter(path, header={}).close()
+    return load_trace(path)
