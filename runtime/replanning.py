@@ -257,6 +257,7 @@ class Replanner:
             outcome, detail = await self._consider(question, answer)
         except WorkerFailed as error:
             outcome, detail = "failed", str(error)
+        self._trigger.answered(control.clock.now_s(), verdict=outcome in ("adopted", "kept"))
         verdict = answer.get("activation")
         self._last = {
             "schema": ACTIVATION_SCHEMA,
@@ -270,7 +271,8 @@ class Replanner:
         self._outcomes[outcome] = self._outcomes.get(outcome, 0) + 1
         control.metrics.replans.inc(reason, outcome)
         _log.info("re-planned", extra={"reason": reason, "outcome": outcome, "detail": detail})
-        await asyncio.to_thread(self._write_log, self._last)
+        # At once, so that no swap goes unrecorded; a line takes about as long as a trace record.
+        self._write_log(self._last)
         return outcome
 
     async def _consider(self, question: _Question, answer: dict[str, Any]) -> tuple[str, str]:

@@ -5,7 +5,8 @@ Pure: time comes in as ``now_s``. The same code decides in the gateway and in th
 Rules
 -----
 * Everything is measured against the state at the last attempt, adopted or not: a plan that was
-  refused is not asked for again until something changes further.
+  found worse is not asked for again until something changes further. An attempt that gave no
+  verdict at all is repeated after the least gap, then after twice that, and so on.
 * Drift needs to be larger than ``band`` for ``settle_s``, and ends the wait only by falling below
   the square root of the band (hysteresis), so that a rate that hovers at the edge neither fires
   at each crossing nor hides.
@@ -154,16 +155,26 @@ class ReplanTrigger:
         self._at_s = -math.inf
         self._outside_since_s: float | None = None
         self._loaded_since_s: float | None = None
+        self._failures = 0
+        self._retry_s = math.inf
 
     def attempted(self, now_s: float, basis: PlanBasis) -> None:
         """Note that a plan is being made from this state."""
         self._basis, self._at_s, self._outside_since_s = basis, now_s, None
+        self._retry_s = math.inf
+
+    def answered(self, now_s: float, *, verdict: bool) -> None:
+        """Note the end of the attempt: whether there was a plan and a verdict on it."""
+        self._failures = 0 if verdict else self._failures + 1
+        if not verdict:
+            pause_s = max(self.least_gap_s, 1.0) * 2.0 ** (self._failures - 1)
+            self._retry_s = now_s + min(self.period_s, pause_s)
 
     def due(self, now_s: float, state: PlanBasis) -> str | None:
         """Return why a plan is due now, or None.
 
-        The reason is ``start``, ``fleet``, ``range``, ``drift`` or ``period``. Nothing is due
-        while no workflow that can be planned has arrivals or no endpoint is up.
+        The reason is ``start``, ``fleet``, ``range``, ``drift``, ``retry`` or ``period``. Nothing
+        is due while no workflow that can be planned has arrivals or no endpoint is up.
         """
         if not state.up or not any(rate > 0 for rate in state.rates_rps.values()):
             return None
@@ -182,6 +193,8 @@ class ReplanTrigger:
             return "range"
         if drifted:
             return "drift"
+        if now_s >= self._retry_s:
+            return "retry"
         return "period" if now_s - self._at_s >= self.period_s else None
 
     def _drifted(self, now_s: float, basis: PlanBasis, state: PlanBasis) -> bool:

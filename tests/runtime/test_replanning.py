@@ -65,7 +65,7 @@ def fake(body: str) -> list[str]:
 def config(**changes):
     values = {
         "period_s": 1e6, "settle_s": 2.0, "least_gap_s": 0.5, "window_s": 20.0, "poll_s": 0.01,
-        "limits": ProcessLimits(deadline_s=20.0, pause_s=0.01),
+        "limits": ProcessLimits(deadline_s=60.0, silence_s=60.0, pause_s=0.01),
     }  # fmt: skip
     return ReplanConfig(**(values | changes))
 
@@ -109,7 +109,7 @@ async def traffic(s):
             await asyncio.gather(*clients)
 
 
-async def eventually(condition, limit_s=30.0):
+async def eventually(condition, limit_s=60.0):
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - the condition belongs to the code under test
             await asyncio.sleep(0.01)
@@ -152,7 +152,8 @@ def test_a_shifted_load_gets_a_new_table_and_no_request_fails(stack, tmp_path, c
     asyncio.run(live())
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0]["reason"] == "start"
-    assert "drift" in [one["reason"] for one in records if one["outcome"] == "adopted"]
+    # The killed process may have taken the first question about the new load with it.
+    assert {"drift", "retry"} & {one["reason"] for one in records if one["outcome"] == "adopted"}
     assert records[0]["incumbent"] == "marginal_cost"
     assert explain(Namespace(file=log, site=None, run=None, json=False)) == 0
     assert "adopted" in capsys.readouterr().out

@@ -68,6 +68,27 @@ def test_drift_has_to_last(drifted: PlanBasis) -> None:
     assert one.due(120.0, drifted) is None
 
 
+def test_an_attempt_without_a_verdict_is_repeated() -> None:
+    """After a failure the same state is asked for again, each time later, at most a period."""
+    one = trigger()
+    one.attempted(0.0, basis())
+    gaps = []
+    now_s = 5.0
+    for _ in range(7):
+        one.answered(now_s, verdict=False)
+        began_s = now_s
+        while one.due(now_s, basis()) is None:
+            now_s += 1.0
+        assert one.due(now_s, basis()) in ("retry", "period")
+        gaps.append(now_s - began_s)
+        one.attempted(now_s, basis())
+    assert gaps == [10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
+    one.answered(now_s, verdict=True)
+    assert one.due(now_s + 299.0, basis()) is None
+    one.answered(now_s, verdict=False)
+    assert one.due(now_s + 10.0, basis()) == "retry"
+
+
 def test_drift_has_hysteresis() -> None:
     """A value between the root of the band and the band keeps an alarm, and starts none."""
     one = trigger(band=1.5)
