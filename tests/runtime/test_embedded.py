@@ -17,7 +17,9 @@ from langchain_openai import ChatOpenAI
 from langgraph.graph import START, StateGraph
 
 import almanac
+from planner.dispatch.table import DispatchTable, save_table
 from planner.domain.errors import InvalidInput
+from planner.domain.fleet import load_fleet
 from planner.domain.trace import CallRecord, RunRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.embedded import BASE_URL, EmbeddedRouter, embed
@@ -25,6 +27,7 @@ from runtime.langgraph.instrument import instrument
 from runtime.langgraph.settings import run
 from runtime.mock.server import MockConfig, MockFleet
 
+DATA = Path(__file__).parents[2] / "data"
 DILATION = 50.0
 CHAT = "/v1/chat/completions"
 
@@ -263,6 +266,32 @@ def test_wrong_input_leaves_nothing_open(fleet_of: Any, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"none\.yaml"):
         embed(tmp_path / "none.yaml")
     assert threading.active_count() == before
+
+
+def test_everything_may_be_given_as_files(fleet_of: Any, tmp_path: Path) -> None:
+    """Fleet, table, estimates and graphs from files; a table for another fleet is refused."""
+    fleet = load_fleet(DATA / "fleets" / "demo.yaml")
+
+    def empty_table(of: Any) -> DispatchTable:
+        ids = tuple(endpoint.id for endpoint in of.endpoints)
+        return DispatchTable(fleet_hash=of.content_hash(), endpoints=ids, bounds=(1.0,), rows=())
+
+    table = tmp_path / "table.json"
+    save_table(empty_table(fleet), table)
+    with embed(
+        str(DATA / "fleets" / "demo.yaml"),
+        table=str(table),
+        estimates=DATA / "demo" / "truth.json",
+        workflows=[str(DATA / "demo" / "research.json")],
+    ) as router:
+        facts = router.diagnostics()
+        assert facts["policy"] == "almanac"
+        assert list(facts["workflows"].values()) == ["research"]
+        assert facts["table_version"]
+        router.set_table(table)
+        with pytest.raises(InvalidInput, match="fleet"):
+            router.set_table(empty_table(fleet_of(1)))
+        assert router.diagnostics()["table_version"] == facts["table_version"]
 
 
 def test_endpoints_that_do_not_answer_are_told(
