@@ -8,9 +8,10 @@ is a setting; the first hit wins.
 ================================  ================================================================
 header                            meaning
 ================================  ================================================================
-``x-almanac-run-id``              the run
+``x-almanac-run-id`` ...          the run; also ``x-run-id`` or ``rid``, as AgentIR's SDKs send it
 ``x-almanac-workflow``            content hash (or registered name) of the workflow
-``x-almanac-node``                node of the graph (``outer|inner`` in sub-graphs)
+``x-almanac-node`` ...            node of the graph (``outer|inner`` in sub-graphs); also
+                                  ``x-node-name`` or ``node-name``
 ``x-almanac-site``                call site; ``<node>#0`` if absent
 ``x-almanac-step``                super-step of the run
 ``x-almanac-visit``               earlier entries of the run into the node
@@ -49,6 +50,9 @@ SESSION_HEADERS = (
 )
 """Of these only ``traceparent`` is not taken whole: its trace id stands for the session."""
 SESSION_FIELDS = ("session_params.session_id", "prompt_cache_key", "previous_response_id", "user")
+# Ours, then the two pairs that AgentIR's SDKs send.
+_RUN_HEADERS = ("x-almanac-run-id", "x-run-id", "rid")
+_NODE_HEADERS = ("x-almanac-node", "x-node-name", "node-name")
 _AGENT_HEADERS = ("x-almanac-agent-id", "x-claude-code-agent-id")
 _PARENT_HEADERS = ("x-almanac-parent-run-id", "x-parent-session-id")
 _PARENT_AGENT_HEADERS = ("x-claude-code-parent-agent-id",)
@@ -120,7 +124,7 @@ def identify(
     context = context if isinstance(context, dict) else {}
     agent = _first(headers, _AGENT_HEADERS)
     parent = _first(headers, _PARENT_HEADERS) or _clip(context.get("parent_program_id"))
-    run, source = _clip(headers.get("x-almanac-run-id")), "run"
+    run, source = _first(headers, _RUN_HEADERS), "run"
     if not run:
         run, source = _clip(context.get("program_id")), "program"
     if not run and session:
@@ -131,7 +135,7 @@ def identify(
             run, parent = f"{session}/{agent}", f"{session}/{above}" if above else session
     if not run:
         run, source = f"content-{prompt.head & 0xFFFFFFFFFFFFFFFF:016x}", "content"
-    node = _clip(headers.get("x-almanac-node")) or _clip(context.get("task_id"))
+    node = _first(headers, _NODE_HEADERS) or _clip(context.get("task_id"))
     return Identity(
         run_id=run,
         workflow=_clip(headers.get("x-almanac-workflow")),

@@ -37,6 +37,17 @@ def test_our_headers_give_everything():
     assert (identity.session_id, identity.source) == ("s1", "run")
 
 
+@pytest.mark.parametrize(("run", "node"), [("X-Run-Id", "X-Node-Name"), ("rid", "node-name")])
+def test_programs_of_agentir_are_known(run, node):
+    """Both header schemes of AgentIR name run and node; our own headers win."""
+    identity = who({run: "r", node: "triage"})
+    assert (identity.run_id, identity.source) == ("r", "run")
+    assert (identity.node, identity.site) == ("triage", "triage#0")
+    ours = {"x-almanac-run-id": "mine", "x-almanac-node": "n"}
+    identity = who({run: "r", node: "triage", **ours})
+    assert (identity.run_id, identity.node) == ("mine", "n")
+
+
 def test_the_first_site_of_a_node_is_assumed():
     """A node without a site means its first call site."""
     assert who({"x-almanac-node": "n"}).site == "n#0"
