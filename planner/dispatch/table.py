@@ -6,7 +6,8 @@ the opportunity price of a slot second there, the priority class, whether a sess
 keeping, the range of load in which the row holds, and why.
 
 Load is the fleet's occupancy: calls in flight per slot. Buckets are given by their upper bounds.
-The table is immutable, content-hashed, and saved as JSON that people can read and diff.
+The table is immutable, content-hashed, and saved as JSON that people can read and diff. In memory
+its rows are kept by column, see `planner.dispatch.rows`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from planner.dispatch.rows import Numbers, Ranked, Row, Rows
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.files import atomic_write, read_json
@@ -30,6 +35,7 @@ from planner.domain.workflow import Workflow
 __all__ = [
     "TABLE_SCHEMA",
     "DispatchTable",
+    "Found",
     "LoadLevel",
     "Ranked",
     "Row",
@@ -63,45 +69,6 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ranked:
-    """One endpoint in a row.
-
-    Parameters
-    ----------
-    cost_s
-        Seconds of service at the planned load level, waiting not included.
-    share
-        Planned share of the site's traffic, [0, 1]; a row's shares sum to one.
-    price
-        Expected seconds of run latency that a slot second there costs other runs, >= 0.
-    """
-
-    endpoint: str
-    cost_s: float
-    share: float
-    price: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """What to do with the calls of one site in one load bucket.
-
-    ``valid_from`` and ``valid_to`` bound the occupancy (calls in flight per slot); ``priority``
-    is ``age`` (older runs first) or ``arrival`` (the engine's own order).
-    """
-
-    workflow_hash: str
-    site: str
-    bucket: int
-    valid_from: float
-    valid_to: float
-    ranked: tuple[Ranked, ...]
-    priority: str = "age"
-    retain_kv: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadLevel:
     """A plan and its prices, good up to ``occupancy`` calls in flight per slot."""
 
@@ -125,10 +92,12 @@ class DispatchTable:
     fleet_hash: str
     endpoints: tuple[str, ...]
     bounds: tuple[float, ...]
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     tuning: Tuning = field(default_factory=Tuning)
-    _index: dict[tuple[str, str], tuple[_Compiled, ...]] = field(
-        init=False, repr=False, compare=False
+    _rows: Rows = field(init=False, repr=False, compare=False)
+    _index: dict[tuple[str, str], tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _places: npt.NDArray[np.intp] | None = field(
+        default=None, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -138,47 +107,36 @@ class DispatchTable:
             raise InvalidInput(
                 f"bucket bounds {self.bounds}", where="table", remedy="give increasing bounds"
             )
-        grouped: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            if {one.endpoint for one in row.ranked} != set(self.endpoints):
+        rows = self.rows
+        if not isinstance(rows, Rows) or rows.endpoints != self.endpoints:
+            rows = Rows(rows, self.endpoints)
+        grouped: dict[tuple[str, str], list[int]] = {}
+        for number, key in enumerate(rows.keys):
+            grouped.setdefault(key, []).append(number)
+        index: dict[tuple[str, str], tuple[int, ...]] = {}
+        for key, numbers in grouped.items():
+            numbers.sort(key=rows.buckets.__getitem__)
+            buckets = [rows.buckets[number] for number in numbers]
+            if buckets != list(range(len(self.bounds))):
                 raise InvalidInput(
-                    f"row ranks {[one.endpoint for one in row.ranked]}",
-                    where=f"table row {row.site}/{row.bucket}",
-                    remedy="rank each endpoint of the table once",
-                )
-            grouped.setdefault((row.workflow_hash, row.site), []).append(row)
-        index: dict[tuple[str, str], tuple[_Compiled, ...]] = {}
-        for key, rows in grouped.items():
-            rows.sort(key=lambda row: row.bucket)
-            if [row.bucket for row in rows] != list(range(len(self.bounds))):
-                raise InvalidInput(
-                    f"buckets {[row.bucket for row in rows]}",
+                    f"buckets {buckets}",
                     where=f"table rows of {key[1]}",
                     remedy=f"give each bucket from 0 to {len(self.bounds) - 1} once",
                 )
-            index[key] = tuple(self._compile(row) for row in rows)
+            index[key] = tuple(numbers)
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "_rows", rows)
         object.__setattr__(self, "_index", index)
 
-    def _compile(self, row: Row) -> _Compiled:
-        by_id = {one.endpoint: one for one in row.ranked}
-        most = max(one.share for one in row.ranked) or 1.0
-        least_s = min(one.cost_s for one in row.ranked)
-        return _Compiled(
-            row=row,
-            price=tuple(self.tuning.price_scale * by_id[e].price for e in self.endpoints),
-            pull_s=tuple(
-                self.tuning.plan_pull * least_s * (1.0 - by_id[e].share / most)
-                for e in self.endpoints
-            ),
-        )
-
-    def find(self, workflow_hash: str, site: str, occupancy: float) -> _Compiled | None:
+    def find(self, workflow_hash: str, site: str, occupancy: float) -> Found | None:
         """Return the row of a call at an occupancy, or None if the table does not cover it."""
-        rows = self._index.get((workflow_hash, site))
-        if rows is None:
+        numbers = self._index.get((workflow_hash, site))
+        if numbers is None:
             return None
         bucket = bisect.bisect_left(self.bounds, occupancy)
-        return rows[bucket] if bucket < len(rows) else None
+        if bucket >= len(numbers):
+            return None
+        return Found(self._rows, numbers[bucket], self.tuning, self._places)
 
     def spread(self, endpoints: Sequence[str]) -> DispatchTable:
         """Return the same table for a router whose endpoints are these, in this order.
@@ -187,25 +145,16 @@ class DispatchTable:
         planned for them.
         """
         place = {endpoint: index for index, endpoint in enumerate(self.endpoints)}
-
-        def moved(values: Sequence[float]) -> tuple[float, ...]:
-            return tuple(values[place[one]] if one in place else 0.0 for one in endpoints)
-
         table = replace(self)
-        index = {
-            key: tuple(
-                replace(one, price=moved(one.price), pull_s=moved(one.pull_s)) for one in rows
-            )
-            for key, rows in self._index.items()
-        }
-        object.__setattr__(table, "_index", index)
+        # -1 finds the zero that is put after the values.
+        places = np.array([place.get(endpoint, -1) for endpoint in endpoints], dtype=np.intp)
+        object.__setattr__(table, "_places", places)
         return table
 
     @property
     def version(self) -> str:
         """12 hex digits of the content."""
-        payload = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(payload.encode()).hexdigest()[:12]
+        return _digest(self._body())
 
     def _body(self) -> dict[str, Any]:
         return {
@@ -236,15 +185,18 @@ class DispatchTable:
                 endpoints=tuple(raw["endpoints"]),
                 bounds=tuple(_from_json(bound) for bound in raw["bounds"]),
                 tuning=Tuning(**raw["tuning"]),
-                rows=tuple(
-                    Row(
-                        **{
-                            **row,
-                            "valid_to": _from_json(row["valid_to"]),
-                            "ranked": tuple(Ranked(**one) for one in row["ranked"]),
-                        }
-                    )
-                    for row in raw["rows"]
+                rows=Rows(
+                    (
+                        Row(
+                            **{
+                                **row,
+                                "valid_to": _from_json(row["valid_to"]),
+                                "ranked": tuple(Ranked(**one) for one in row["ranked"]),
+                            }
+                        )
+                        for row in raw["rows"]
+                    ),
+                    raw["endpoints"],
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -257,9 +209,10 @@ class DispatchTable:
                 where=where,
                 remedy="make it again with `almanac plan`",
             ) from error
-        if raw.get("version") != table.version:
+        content = _digest({name: raw[name] for name in _BODY})
+        if raw.get("version") != content:
             raise InvalidInput(
-                f"version {raw.get('version')!r} is not that of the content ({table.version})",
+                f"version {raw.get('version')!r} is not that of the content ({content})",
                 where=f"{where}: version",
                 remedy="the file was edited by hand: make it again with `almanac plan`",
             )
@@ -279,13 +232,49 @@ class DispatchTable:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Compiled:
-    """A row as the router reads it: arrays in fleet order."""
+class Found:
+    """A row as the router reads it: arrays in the router's order of endpoints."""
 
-    row: Row
-    price: tuple[float, ...]
-    pull_s: tuple[float, ...]
+    __slots__ = ("_number", "_places", "_rows", "_tuning")
+
+    def __init__(
+        self, rows: Rows, number: int, tuning: Tuning, places: npt.NDArray[np.intp] | None
+    ) -> None:
+        self._rows, self._number, self._tuning, self._places = rows, number, tuning, places
+
+    @property
+    def price(self) -> Numbers:
+        """Scaled opportunity price of a slot second, s/s."""
+        return self._placed(self._rows.price[self._number] * self._tuning.price_scale)
+
+    @property
+    def pull_s(self) -> Numbers:
+        """Seconds that count for the distance from the plan."""
+        share = self._rows.share[self._number]
+        least_s = float(self._rows.cost_s[self._number].min())
+        pull_s = self._tuning.plan_pull * least_s
+        return self._placed(pull_s - share * (pull_s / (float(share.max()) or 1.0)))
+
+    @property
+    def priority(self) -> str:
+        """As in `Row`."""
+        return self._rows.priorities[self._number]
+
+    @property
+    def row(self) -> Row:
+        """The row for people."""
+        return self._rows[self._number]
+
+    def _placed(self, values: Numbers) -> Numbers:
+        return values if self._places is None else np.append(values, 0.0)[self._places]
+
+
+_BODY = ("fleet_hash", "endpoints", "bounds", "tuning", "rows")
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    payload = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(payload.encode()).hexdigest()[:12]
 
 
 def _to_json(bound: float) -> float | None:

@@ -201,7 +201,9 @@ class Candidates(tuple[EndpointState, ...]):  # noqa: SLOT001 - a tuple cannot h
 
     @classmethod
     def of(cls, states: Iterable[EndpointState], fleet: FleetView) -> Candidates:
-        """Return endpoints of a fleet as candidates."""
+        """Return endpoints of a fleet as candidates; those that are already are left as is."""
+        if isinstance(states, cls):
+            return states
         made = cls(states)
         made.indices = np.array([state.index for state in made], dtype=np.intp)
         made.prefill = np.array(
@@ -291,8 +293,7 @@ class FleetView:
 
     def occupancy(self, candidates: Sequence[EndpointState]) -> float:
         """Return the calls in flight per slot of some endpoints."""
-        if not isinstance(candidates, Candidates):
-            candidates = Candidates.of(candidates, self)
+        candidates = Candidates.of(candidates, self)
         calls = self.loads.in_flight
         if not candidates.whole:
             calls = calls[candidates.indices]

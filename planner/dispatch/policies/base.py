@@ -149,9 +149,8 @@ def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) 
 
 def costs_of(ready: Ready) -> Costs:
     """Return the predicted costs of a ready call on its candidates, in their order."""
-    call, view, candidates = ready.call, ready.fleet, ready.candidates
-    if not isinstance(candidates, Candidates):
-        candidates = Candidates.of(candidates, view)
+    call, view = ready.call, ready.fleet
+    candidates = Candidates.of(ready.candidates, view)
     forecast = ready.forecaster.of(call)
     costs = fleet_costs(
         call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, view, ready.now_s

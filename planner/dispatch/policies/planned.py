@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
 from planner.dispatch.policies.finish import LeastExpectedFinish
 from planner.dispatch.table import DispatchTable
+from planner.dispatch.view import Candidates
 
 __all__ = ["Planned"]
 
@@ -36,7 +37,7 @@ class Planned:
     def choose(self, ready: Ready) -> Choice:
         """Return the candidate with the least planned cost."""
         table = self.table
-        call, candidates = ready.call, ready.candidates
+        call, candidates = ready.call, Candidates.of(ready.candidates, ready.fleet)
         row = None
         if table is not None:
             occupancy = ready.fleet.occupancy(candidates)
@@ -45,20 +46,19 @@ class Planned:
             choice = self._fallback.choose(ready)
             return Choice(choice.endpoint, "fallback", age_priority(call), choice.cost)
         weight = ready.forecaster.of(call).criticality
-        theta = table.tuning.theta
         costs = costs_of(ready)
-        position = least(
-            [
-                weight * cost.own_s
-                + theta * cost.imposed_s
-                + row.price[state.index] * cost.service_s
-                + row.pull_s[state.index]
-                for cost, state in zip(costs, candidates, strict=True)
-            ]
-        )
+        scores = costs.weighted(weight, table.tuning.theta)
+        price, pull_s = row.price, row.pull_s if table.tuning.plan_pull else None
+        if not candidates.whole:
+            price = price[candidates.indices]
+            pull_s = pull_s if pull_s is None else pull_s[candidates.indices]
+        scores += price * costs.service_s
+        if pull_s is not None:
+            scores += pull_s
+        position = least(scores)
         return Choice(
             candidates[position].index,
             "plan",
-            priority=age_priority(call) if row.row.priority == "age" else 0,
+            priority=age_priority(call) if row.priority == "age" else 0,
             cost=costs[position],
         )

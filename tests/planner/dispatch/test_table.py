@@ -107,7 +107,7 @@ def test_weights_are_applied_when_compiled() -> None:
     """Prices are scaled, and the plan's pull is the share-weighted part of the least service."""
     row = table().find(WORKFLOW.content_hash, "a#0", 1.0)
     assert row is not None
-    assert row.price == (1.0, 0.25)
+    assert row.price.tolist() == [1.0, 0.25]
     least_s = min(one.cost_s for one in row.row.ranked)
     assert row.pull_s == pytest.approx((least_s * (1 - 0.25 / 0.75), 0.0))
 
