@@ -119,7 +119,7 @@ class Control:
         self.runs = RunBook()
         self.tenancy = tenancy or KeyedTenancy()
         self.tracing: Tracing = tracing or NoTracing()
-        self.scraper = Scraper(self.config.scrape_stale_s)
+        self.scraper = Scraper(self.config.scrape_stale_s * self.clock.dilation)
         self.admission = Admission(
             limits_of(self.config), now_s=time.monotonic, refused=self.metrics.rejections.inc
         )
@@ -251,7 +251,7 @@ class Control:
     def reconfigure(self, config: GatewayConfig) -> None:
         """Go on with other settings; those read at the start only stay as they were."""
         self.config = self.guard.config = config
-        self.scraper.stale_s = config.scrape_stale_s
+        self.scraper.stale_s = config.scrape_stale_s * self.clock.dilation
         self.admission.set_limits(limits_of(config), self.tenancy.tenants)
 
     def set_tenancy(self, tenancy: KeyedTenancy) -> None:

@@ -66,7 +66,7 @@ KEPT_BACK = frozenset(
 """Request headers that end at the gateway."""
 _KEYS = frozenset({"authorization", "x-api-key"})
 _EXPIRE_EVERY_S = 1.0
-_MOST_HEADER_BYTES = 2**20
+_LEAST_PARSED_BYTES = 2**16
 
 
 class Gateway:
@@ -140,6 +140,7 @@ class Gateway:
         """
         try:
             missing = await self._reach()
+            most_parsed = max(_LEAST_PARSED_BYTES, 4 * self.control.config.max_header_bytes)
             self._runner = web.AppRunner(
                 self.app(),
                 handler_cancellation=True,  # a client that leaves cancels its attempt
@@ -147,8 +148,8 @@ class Gateway:
                 shutdown_timeout=self.control.config.drain_s,
                 # The middleware refuses politely what is larger than allowed; this is the most
                 # the parser takes in at all.
-                max_field_size=_MOST_HEADER_BYTES,
-                max_line_size=_MOST_HEADER_BYTES,
+                max_field_size=most_parsed,
+                max_line_size=most_parsed,
             )
             await self._runner.setup()
             speak_openai(self._runner)
