@@ -67,6 +67,12 @@ def block_hashes(
         left = segment.tokens
         key = segment.key
         while left > 0:
+            if room == block_tokens and left >= room:  # most blocks lie within one segment
+                parent = hash((parent, key, offset, room))
+                chain.append(parent)
+                offset += room
+                left -= room
+                continue
             take = min(room, left)
             pieces += (key, offset, take)
             offset += take
