@@ -7,16 +7,17 @@ output token, times their scale; so a call of 200 uncached and 100 output tokens
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.domain.estimates import EstimateTable, Quantiles, SiteEstimate, WorkflowEstimate
 from planner.domain.fleet import Endpoint, Fleet
 from planner.domain.ids import EndpointId, NodeId, SiteId
 from planner.domain.latency import LatencyRow
+from planner.domain.objective import MEAN, Objective
 from planner.domain.plan import Assignment, Plan
 from planner.domain.run import RunSpec
-from planner.domain.workflow import END, START, CallSite, Node, Workflow
+from planner.domain.workflow import END, START, Branch, CallSite, Node, Outcome, Workflow
 from planner.graph.sampling import scenarios
 from planner.solve.instance import Instance, build_instance
 from planner.solve.solver import Budget, PlanResult, solve_plan
@@ -77,7 +78,7 @@ def fan(*names: str) -> Workflow:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A planning question."""
+    """A planning question; ``scarce`` has the enumerator try what to keep in KV, too."""
 
     workflow: Workflow
     fleet: Fleet
@@ -85,6 +86,10 @@ class Case:
     rate: float
     classes: int = 1
     samples: int = 2
+    objective: Objective = MEAN
+    deadline_s: float | None = None
+    hard: bool = False
+    scarce: bool = False
 
     @property
     def runs(self) -> tuple[RunSpec, ...]:
@@ -113,6 +118,9 @@ class Case:
             run_classes=self.classes,
             scenarios=self.samples,
             budget=budget,
+            objective=self.objective,
+            deadline_s=self.deadline_s,
+            hard_deadline=self.hard,
         )
 
 
@@ -141,6 +149,55 @@ def case(
     return Case(workflow, machines, table, rate, classes)
 
 
+def session(rounds: int = 3, growth: float = 50.0) -> tuple[Workflow, WorkflowEstimate]:
+    """Return a call that is visited ``rounds`` times with a tool of 2 s between."""
+    a, t = NodeId("a"), NodeId("t")
+    branch = Branch(
+        id="b",
+        source=a,
+        outcomes=(Outcome(id="again", targets=(t,)), Outcome(id="done", targets=(END,))),
+    )
+    workflow = Workflow(
+        name="session",
+        nodes=(node("a"), Node(id=t, kind="tool")),
+        edges=((START, a), (t, a)),
+        branches=(branch,),
+    )
+    again = (1.0,) * (rounds - 1) + (0.0,)
+    estimate = WorkflowEstimate(
+        sites={
+            "a#0": SiteEstimate(
+                output_tokens=Quantiles.constant(100.0),
+                prompt_tokens=Quantiles.constant(300.0),
+                shared_prefix_tokens=100.0,
+                growth_tokens=Quantiles.constant(growth),
+            )
+        },
+        tools={"t": Quantiles.constant(2.0)},
+        branches={"b": {"again": again, "done": tuple(1 - p for p in again)}},
+    )
+    return workflow, estimate
+
+
+def _choices(question: Case, cells: Sequence[tuple[int, str]]) -> Iterator[list[Assignment]]:
+    """Yield every way to place the cells; where KV matters, with and without what may be kept."""
+    ways: list[tuple[str, str | None]] = [
+        (str(one.id), None) for one in question.fleet.endpoints if one.role == "both"
+    ]
+    ways += [
+        (str(last.id), str(first.id))
+        for first in question.fleet.endpoints
+        for last in question.fleet.endpoints
+        if (first.role, last.role) == ("prefill", "decode")
+    ]
+    flags = (True, False) if question.scarce else (True,)
+    for homes in itertools.product(itertools.product(ways, flags, flags), repeat=len(cells)):
+        yield [
+            Assignment(run_class=r, site=site, endpoint=name, prefill=prefill, warm=warm, keep=keep)
+            for (r, site), ((name, prefill), warm, keep) in zip(cells, homes, strict=True)
+        ]
+
+
 def enumerate_best(question: Case) -> float | None:
     """Return the least objective over all placements and levels that the checker accepts.
 
@@ -149,31 +206,32 @@ def enumerate_best(question: Case) -> float | None:
     """
     runs = question.runs
     sites = list(question.workflow.call_sites)
-    names = [str(one.id) for one in question.fleet.endpoints]
     cells = [(r, site) for r in range(question.classes) for site in sites]
+    slots = {str(one.id): one.max_num_seqs for one in question.fleet.endpoints}
+    lanes = {str(one.id) for one in question.fleet.endpoints if one.role == "prefill"}
     best: float | None = None
-    for homes in itertools.product(names, repeat=len(cells)):
-        used = sorted(set(homes))
-        slots = {str(one.id): one.max_num_seqs for one in question.fleet.endpoints}
-        for levels in itertools.product(*([1, 2, 4][: slots[n].bit_length()] for n in used)):
+    for assignments in _choices(question, cells):
+        used = sorted({x for one in assignments for x in (one.endpoint, one.prefill) if x})
+        grids = ([1] if n in lanes else [1, 2, 4][: slots[n].bit_length()] for n in used)
+        for levels in itertools.product(*grids):
             plan = Plan(
                 workflow_hash=question.workflow.content_hash,
                 fleet_hash=question.fleet.content_hash(),
                 arrival_rate_rps=question.rate,
                 run_classes=question.classes,
-                assignments=tuple(
-                    Assignment(run_class=r, site=site, endpoint=home)
-                    for (r, site), home in zip(cells, homes, strict=True)
-                ),
+                assignments=tuple(assignments),
                 levels=dict(zip(used, levels, strict=True)),
-                objective_s=0.0,
-                bound_s=0.0,
+                objective_s=-1.0,
+                bound_s=-1.0,
                 status="optimal",
                 scenarios=len(runs),
                 seed=0,
+                objective=question.objective,
+                deadline_s=question.deadline_s,
+                hard_deadline=question.hard,
             )
             report = verify_plan(plan, question.workflow, question.fleet, question.estimates, runs)
-            # The stated objective of 0 is wrong on purpose; only other rules count here.
+            # The stated objective is wrong on purpose; only other rules count here.
             if {v.rule for v in report.violations} == {"objective"}:
                 assert report.objective_s is not None
                 if best is None or report.objective_s < best:
