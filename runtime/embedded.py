@@ -140,8 +140,7 @@ class EmbeddedRouter:
         self._thread.start()
         try:
             missing = self._started.result()
-        except BaseException:
-            self._closed = True
+        except Exception:
             self._thread.join()
             raise
         atexit.register(self.close, drain_s=0.0)
@@ -235,7 +234,7 @@ class EmbeddedRouter:
         """Return what the router knows and how good its forecasts are, JSON-ready."""
         return self._ask(self._control.diagnostics)
 
-    # Serving; from here on `_x` of this part runs on the router's loop
+    # Serving; the coroutines of this part run on the router's loop
 
     def submit(
         self, method: str, path: str, body: bytes, headers: Mapping[str, str], deliver: Deliver
@@ -328,6 +327,8 @@ class EmbeddedRouter:
                 raise
             self._started.set_exception(error)
         finally:
+            with self._lock:
+                self._closed = True
             await self._gateway.aclose()
 
 

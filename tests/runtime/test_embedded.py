@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +25,7 @@ from planner.domain.fleet import load_fleet
 from planner.domain.trace import CallRecord, RunRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.embedded import BASE_URL, EmbeddedRouter, embed
+from runtime.gateway import Gateway
 from runtime.langgraph.instrument import instrument
 from runtime.langgraph.settings import run
 from runtime.mock.server import MockConfig, MockFleet
@@ -250,6 +253,38 @@ async def test_closing_waits_for_what_ends_in_time(embedded: Any) -> None:
         await router.aclose()
         assert (await task).json()["usage"]["completion_tokens"] == 30
         await http.aclose()
+
+
+def test_a_program_that_forgets_to_close_ends(tmp_path: Path) -> None:
+    """The end of the process closes the router: the trace has its run, and nothing is said."""
+    trace = tmp_path / "trace.jsonl"
+    program = (
+        "import almanac\n"
+        f"router = almanac.embed({str(DATA / 'fleets' / 'demo.yaml')!r}, trace={str(trace)!r})\n"
+        "router.emit({'type': 'run_start', 'run_id': 'r', 'workflow': 'w'})\n"
+        "router.diagnostics()\n"
+    )
+    done = subprocess.run(  # noqa: S603 our own interpreter and program
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Traceback" not in done.stderr
+    (whole,) = load_trace(trace)
+    assert isinstance(whole, RunRecord)
+    assert whole.run_id == "r"
+
+
+def test_a_failed_start_is_told(fleet_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong on the router's thread at the start comes to the caller; no thread stays."""
+
+    async def broken(self: Any) -> list[str]:
+        raise OSError("no sockets left")
+
+    monkeypatch.setattr(Gateway, "open", broken)
+    before = threading.active_count()
+    with pytest.raises(OSError, match="no sockets left"):
+        embed(fleet_of(1), policy="round_robin")
+    assert threading.active_count() == before
 
 
 def test_wrong_input_leaves_nothing_open(fleet_of: Any, tmp_path: Path) -> None:
