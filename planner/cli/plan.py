@@ -1,4 +1,4 @@
-"""`almanac plan`: place a workflow's call sites on a fleet, check the plan, write its table."""
+"""`almanac plan`: place the call sites of workflows on a fleet, check the plan, write its table."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.cli.activation import (
-    activation_trial,
     add_activation_arguments,
-    save_activation,
 )
 from planner.cli.checks import at_least, out_file
-from planner.domain.estimates import EstimateTable, load_estimates
-from planner.domain.fleet import Fleet, load_fleet
+from planner.domain.errors import InvalidInput
+from planner.domain.estimates import load_estimates
+from planner.domain.fleet import load_fleet
+from planner.domain.objective import Objective
 from planner.domain.plan import save_plan
-from planner.domain.workflow import Workflow, load_workflow
-from planner.verify import VerifyReport, verify_plan
+from planner.domain.workflow import load_workflow
+from planner.verify import VerifyReport, verify_plans
 
 if TYPE_CHECKING:
-    from planner.dispatch.table import DispatchTable
     from planner.solve.explain import EndpointUse, RunnerUp
-    from planner.solve.solver import Budget, PlanResult, Progress
+    from planner.solve.solver import Demand, PlanResult, Progress
 
 __all__ = ["register", "run"]
 
@@ -34,14 +33,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         help="place a workflow on a fleet with CP-SAT; write plan and dispatch table",
         description=(
-            "Sample runs of a workflow from its forecasts, choose an endpoint for each call site "
-            "of each run class and a load level for each endpoint so that the expected run "
-            "latency is least, and check the result independently. Objective, bound, gap, the "
-            "checker's verdict and the placement go to stdout, progress to stderr."
+            "Sample runs of each workflow from its forecasts, choose an endpoint for each call "
+            "site of each run class and a load level for each endpoint so that the expected run "
+            "latency (or another objective) is least, and check the result independently. "
+            "Objective, bound, gap, the checker's verdict and the placement go to stdout, "
+            "progress to stderr."
         ),
     )
     parser.add_argument(
-        "--workflow", type=Path, required=True, metavar="FILE", help="workflow graph (JSON)"
+        "--workflow",
+        type=Path,
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="workflow graph (JSON); several are planned together",
     )
     parser.add_argument(
         "--fleet", type=Path, required=True, metavar="FILE", help="fleet file (YAML)"
@@ -54,7 +59,41 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="estimate table (JSON) made by `almanac train`",
     )
     parser.add_argument(
-        "--rate", type=float, required=True, metavar="RPS", help="runs per second to plan for"
+        "--rate",
+        type=float,
+        required=True,
+        action="append",
+        metavar="RPS",
+        help="runs per second to plan for; one for each --workflow, in the same order",
+    )
+    parser.add_argument(
+        "--weight",
+        type=float,
+        action="append",
+        metavar="W",
+        help="weight of a workflow's runs in the objective; one for each (default: 1)",
+    )
+    parser.add_argument(
+        "--objective",
+        default="mean",
+        metavar="TERMS",
+        help=(
+            "mean, cvar:0.95, makespan, deadline (mean tardiness) or miss (share that is late); "
+            "summed as in mean+0.5*cvar:0.95, or one after the other as in 'miss>mean' "
+            "(default: mean)"
+        ),
+    )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        action="append",
+        metavar="S",
+        help="seconds a run may take; one for all workflows, or one for each",
+    )
+    parser.add_argument(
+        "--hard-deadline",
+        action="store_true",
+        help="every sampled run has to keep the deadline; without such a plan, say why",
     )
     parser.add_argument(
         "--classes",
@@ -65,10 +104,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--scenarios",
-        type=int,
+        type=_count_or_auto,
         default=8,
         metavar="N",
-        help="sampled runs the objective is the mean of (default: 8)",
+        help=(
+            "sampled runs of each workflow that the objective is stated over, or 'auto': as many "
+            "as --target-error asks for (default: 8)"
+        ),
+    )
+    parser.add_argument(
+        "--target-error",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="relative standard error of the mean that 'auto' aims at (default: 0.02)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of scenarios and solver")
     parser.add_argument(
@@ -90,7 +139,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="one worker and a deterministic limit: the same plan every time, bit for bit",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the plan (JSON)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the plan (JSON); of several workflows, FILE-1.json, FILE-2.json and so on",
+    )
     parser.add_argument(
         "--table",
         type=Path,
@@ -107,81 +161,117 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Plan, check, print and write; return 0, or 1 if the checker or the replay rejects it."""
-    from planner.solve.solver import Budget, solve_plan  # OR-Tools takes a second to load
+    """Plan, check, print and write; return 0, or 1 if the checker rejects the plan."""
+    from planner.solve.solver import Budget, solve_mix  # OR-Tools takes a second to load
 
     at_least(args, seed=0)
     out_file(args.out, "--out")
     out_file(args.table, "--table")
-    workflow = load_workflow(args.workflow)
+    objective = Objective.parse(args.objective)
     fleet = load_fleet(args.fleet)
     estimates = load_estimates(args.estimates)
-    trial = activation_trial(args, fleet)
-    if workflow.content_hash not in estimates.workflows:
-        _note(
-            f"no forecasts for workflow {workflow.name!r} ({workflow.content_hash}) in "
-            f"{args.estimates}: its declarations and priors are used"
-        )
+    demands = _demands(args)
+    for demand in demands:
+        workflow = demand.workflow
+        if workflow.content_hash not in estimates.workflows:
+            _note(
+                f"no forecasts for workflow {workflow.name!r} ({workflow.content_hash}) in "
+                f"{args.estimates}: its declarations and priors are used"
+            )
     if args.deterministic:
         budget = Budget.reproducible(args.time_limit, args.gap)
     else:
         budget = Budget(wall_s=args.time_limit, relative_gap=args.gap)
-    result = solve_plan(
-        workflow,
+    result = solve_mix(
+        demands,
         fleet,
         estimates,
-        arrival_rate_rps=args.rate,
         run_classes=args.classes,
         scenarios=args.scenarios,
+        target_error=args.target_error,
         seed=args.seed,
         budget=budget,
         progress=_show_progress,
+        objective=objective,
     )
-    report = verify_plan(result.plan, workflow, fleet, estimates, result.scenarios)
+    report = verify_plans(
+        result.plans, [one.workflow for one in demands], fleet, estimates, result.samples
+    )
     print(_as_json(result, report) if args.json else _as_text(result, report, args.explain))
     if not report.ok:
         _note("the plan was rejected and nothing was written; this is a bug, please report it")
         return 1
     if args.out is not None:
-        save_plan(result.plan, args.out)
-        _note(f"wrote {args.out}")
+        for path, plan in zip(_plan_files(args.out, len(demands)), result.plans, strict=True):
+            save_plan(plan, path)
+            _note(f"wrote {path}")
     if args.table is not None:
         from planner.dispatch.table import save_table
+        from planner.solve.tables import mix_table
 
-        table = _compile(workflow, fleet, estimates, result, budget, args.seed)
-        if trial is not None:
-            verdict = trial.judge(table, [workflow], fleet, estimates)
-            save_activation(verdict, args.table.with_suffix(".activation.json"))
-            _note(verdict.text())
-            if not verdict.activate:
-                return 1
+        table = mix_table(
+            demands,
+            fleet,
+            estimates,
+            base=result,
+            budget=budget,
+            seed=args.seed,
+            objective=objective,
+            run_classes=args.classes,
+            scenarios=result.plan.scenarios,
+            progress=_note,
+        )
         save_table(table, args.table)
         _note(f"wrote {args.table}, table {table.version}, {len(table.rows)} rows")
     return 0
 
 
-def _compile(
-    workflow: Workflow,
-    fleet: Fleet,
-    estimates: EstimateTable,
-    result: PlanResult,
-    budget: Budget,
-    seed: int,
-) -> DispatchTable:
-    """Return the dispatch table for loads around the planned rate."""
-    from planner.study.tables import plan_table
+def _plan_files(out: Path, count: int) -> list[Path]:
+    """Return where to write the plans: one file as named, several with a number each."""
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in range(1, count + 1)]
 
-    return plan_table(
-        workflow,
-        fleet,
-        estimates,
-        rate_rps=result.plan.arrival_rate_rps,
-        base=result,
-        budget=budget,
-        seed=seed,
-        progress=_note,
-    )
+
+def _demands(args: argparse.Namespace) -> list[Demand]:
+    """Return the workflows with their rates, weights and deadlines.
+
+    Raises
+    ------
+    InvalidInput
+        If there are more or fewer of one than of the others.
+    """
+    from planner.solve.solver import Demand
+
+    files: list[Path] = args.workflow
+    weights = args.weight or [1.0] * len(files)
+    deadlines = args.deadline or [None]
+    if len(deadlines) == 1:
+        deadlines *= len(files)
+    for given, option in ((args.rate, "--rate"), (weights, "--weight"), (deadlines, "--deadline")):
+        if len(given) != len(files):
+            raise InvalidInput(
+                f"{len(given)} values for {len(files)} workflows",
+                where=option,
+                remedy="give one for each --workflow, in the same order",
+            )
+    if args.hard_deadline and args.deadline is None:
+        raise InvalidInput("no --deadline", where="--hard-deadline", remedy="give one")
+    return [
+        Demand(
+            workflow=load_workflow(path),
+            rate_rps=rate,
+            weight=weight,
+            deadline_s=deadline,
+            hard=args.hard_deadline,
+        )
+        for path, rate, weight, deadline in zip(files, args.rate, weights, deadlines, strict=True)
+    ]
 
 
 def _note(line: str) -> None:
@@ -202,6 +292,7 @@ def _as_json(result: PlanResult, report: VerifyReport) -> str:
 
     document: dict[str, Any] = {
         "plan": result.plan.to_json(),
+        "plans": [plan.to_json() for plan in result.plans],
         "accepted": report.ok,
         "violations": [str(one) for one in report.violations],
         "checked_objective_s": report.objective_s,
@@ -219,19 +310,29 @@ def _fields(row: Progress | EndpointUse | RunnerUp) -> dict[str, Any]:
 
 def _as_text(result: PlanResult, report: VerifyReport, explain: bool) -> str:
     plan = result.plan
+    name = plan.objective.name
+    what = "expected run latency" if name == "mean" else name
     lines = [
         f"status      {plan.status}",
         (
-            f"objective   {plan.objective_s:.3f} s expected run latency at "
-            f"{plan.arrival_rate_rps:g} runs/s, over {plan.run_classes} classes x "
+            f"objective   {plan.objective_s:.3f} s {what} at "
+            f"{result.instance.arrival_rate_rps:g} runs/s, over {plan.run_classes} classes x "
             f"{plan.scenarios} scenarios"
         ),
         f"bound       {plan.bound_s:.3f} s",
         f"gap         {plan.gap:.2%}",
+    ]
+    if name != "mean":
+        lines += [f"value       {value:.3f} {term}" for term, value in plan.values.items()]
+        if plan.objective.lexicographic:
+            lines += [f"bound of    {value:.3f} {term}" for term, value in plan.bounds.items()]
+    lines += [
         f"idle fleet  {plan.notes['critical_path_bound_s']:.3f} s critical path",
         f"capacity    {plan.notes['carried_rate_rps']:.4g} runs/s at most",
-        f"wall time   {result.wall_s:.2f} s",
     ]
+    if "scenario_error" in plan.notes:
+        lines.append(f"sample      {plan.notes['scenario_error']:.2%} standard error of the mean")
+    lines.append(f"wall time   {result.wall_s:.2f} s")
     if report.ok:
         lines.append(f"checker     accepted (recomputed objective {report.objective_s:.3f} s)")
     else:
@@ -245,32 +346,61 @@ def _as_text(result: PlanResult, report: VerifyReport, explain: bool) -> str:
 
 def _placement(result: PlanResult) -> list[str]:
     """Return the table of shares, call sites by endpoints, with the levels on top."""
-    plan = result.plan
+    levels = result.plan.levels
     names = result.instance.endpoints
     rows = [
         ["call site", *names],
-        ["(level)", *(str(plan.levels.get(name, "-")) for name in names)],
+        ["(level)", *(str(levels.get(name, "-")) for name in names)],
     ]
-    for site, shares in plan.shares().items():
-        rows.append([site, *(f"{shares[n]:.0%}" if n in shares else "." for n in names)])
+    for source, plan in zip(result.instance.sources, result.plans, strict=True):
+        shares = plan.shares()
+        for k, path in zip(source.sites, source.paths, strict=True):
+            cells = [f"{shares[path][n]:.0%}" if n in shares[path] else "." for n in names]
+            rows.append([result.instance.sites[k], *cells])
     return _aligned(rows)
 
 
 def _explanation(result: PlanResult) -> list[str]:
     from planner.solve.explain import endpoint_use, runners_up
 
-    uses = [["endpoint", "level", "busy calls", "room", ""]]
-    for use in endpoint_use(result):
-        full = "full: binding" if use.binding else ""
-        uses.append([use.endpoint, str(use.level), f"{use.busy:.2f}", f"{use.room:.2f}", full])
-    others = [["call site", "mostly on", "runner-up", "run latency", "room there"]]
+    uses = [["endpoint", "level", "busy calls", "room", "", "KV tokens", "room", "", "price"]]
+    uses += [
+        [
+            use.endpoint,
+            str(use.level),
+            f"{use.busy:.2f}",
+            f"{use.room:.2f}",
+            "full: binding" if use.binding else "",
+            str(use.kv_tokens),
+            str(use.kv_room),
+            "full: binding" if use.kv_binding else "",
+            f"{1e6 * use.kv_price:.3g} s/Mtoken s" if use.kv_price else "",
+        ]
+        for use in endpoint_use(result)
+    ]
+    others = [["call site", "mostly on", "runner-up", "objective", "room there"]]
     for row in runners_up(result):
         if row.runner_up is None:
             others.append([row.site, row.endpoint, "none", "", ""])
         else:
             room = "yes" if row.fits else "no"
             others.append([row.site, row.endpoint, row.runner_up, f"{row.extra_s:+.3f} s", room])
-    return [*_aligned(uses), "", *_aligned(others)]
+    lines = [*_aligned(uses), "", *_aligned(others)]
+    kept = [["session", "kept", "returns", "gap", "saves", "worth", "price of KV"]]
+    for plan in result.plans:
+        kept += [
+            [
+                one.site,
+                f"{one.share:.0%}",
+                f"{one.return_probability:.0%}",
+                f"{one.gap_s:.2f} s",
+                f"{one.saved_s:.3f} s",
+                f"{1e6 * one.value:.3g}",
+                f"{1e6 * one.price:.3g} s/Mtoken s",
+            ]
+            for one in plan.retention
+        ]
+    return [*lines, "", *_aligned(kept)] if len(kept) > 1 else lines
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

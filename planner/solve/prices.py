@@ -56,17 +56,24 @@ def capacity_prices(
     return instance_prices(instance, site_criticality(instance, scenarios))
 
 
-def site_criticality(instance: Instance, scenarios: Sequence[RunSpec]) -> dict[str, float]:
-    """Return the share of each site's calls on a critical path, at the fleet's mean speed."""
+def site_criticality(instance: Instance, *samples: Sequence[RunSpec]) -> dict[str, float]:
+    """Return the share of each site's calls on a critical path, at the fleet's mean speed.
+
+    ``samples`` are the runs of each workflow that the instance was made from.
+    """
     ticks = instance.service_ticks[:, :, 0].mean(axis=1) + instance.delay_ticks
     position = 0
-    durations: dict[str, list[float]] = {}
-    for run in scenarios:
-        end = position + len(run.tasks)
-        durations[run.run_id] = (ticks[position:end] * PLAN_TICK_S).tolist()
-        position = end
-    shares = criticality(scenarios, lambda run: durations[run.run_id])
-    return {str(site): share for site, share in shares.items()}
+    out: dict[str, float] = {}
+    for source, runs in zip(instance.sources, samples, strict=True):
+        durations: dict[str, list[float]] = {}
+        for run in runs:
+            end = position + len(run.tasks)
+            durations[run.run_id] = (ticks[position:end] * PLAN_TICK_S).tolist()
+            position = end
+        shares = criticality(runs, lambda run, own=durations: own[run.run_id])  # type: ignore[misc]
+        names = dict(zip(source.paths, (instance.sites[k] for k in source.sites), strict=True))
+        out |= {names[str(site)]: share for site, share in shares.items()}
+    return out
 
 
 def instance_prices(instance: Instance, site_weights: Mapping[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,56 @@ def test_json_is_one_document_with_plan_and_verdict(
     assert {"log", "endpoints", "runners_up"} <= documents[0].keys()
 
 
+def test_several_workflows_get_a_plan_each_and_one_table(folder: Path) -> None:
+    """With two workflows there are two plan files and one table that covers both."""
+    from tests.planner.solve.small import chain
+
+    other = chain("p", "q")
+    other = replace(
+        other,
+        nodes=tuple(
+            replace(node, call_sites=tuple(replace(s, model=None) for s in node.call_sites))
+            for node in other.nodes
+        ),
+    )
+    save_workflow(other, folder / "other.json")
+    options = ("--workflow", str(folder / "other.json"), "--rate", "0.1")
+    out, table = folder / "plan.json", folder / "table.json"
+    written = ("--out", str(out), "--table", str(table), "--objective", "mean+cvar:0.9")
+    assert plan(folder, *options, *written, "--weight", "2", "--weight", "1") == 0
+    plans = [load_plan(folder / f"plan-{n}.json") for n in (1, 2)]
+    assert plans[1].workflow_hash == other.content_hash
+    assert plans[0].objective.name == "mean+cvar:0.9"
+    assert {row.workflow_hash for row in load_table(table).rows} == {
+        one.workflow_hash for one in plans
+    }
+    with pytest.raises(InvalidInput, match="--weight: 1 values for 2 workflows"):
+        plan(folder, *options, "--weight", "2")
+
+
+def test_deadlines_and_objectives_are_options(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values of each term are printed; a deadline no fleet keeps is infeasible and says why."""
+    assert plan(folder, "--objective", "miss>mean", "--deadline", "30", "--explain") == 0
+    out = capsys.readouterr().out
+    assert "miss>mean" in out
+    assert "bound of" in out
+    with pytest.raises(Infeasible, match="deadline 0.5 s of workflow 'research'"):
+        plan(folder, "--deadline", "0.5", "--hard-deadline")
+    for bad in (("--objective", "speed"), ("--objective", "miss"), ("--hard-deadline",)):
+        with pytest.raises(InvalidInput):
+            plan(folder, *bad)
+
+
+def test_scenarios_may_follow_from_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--scenarios auto` reports the standard error it reached."""
+    assert plan(folder, "--scenarios", "auto", "--target-error", "0.2") == 0
+    assert "standard error of the mean" in capsys.readouterr().out
+
+
 def test_missing_forecasts_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A workflow the estimates do not know is planned from priors, and a line says so."""
     save_estimates(EstimateTable(), folder / "estimates.json")
@@ -100,7 +151,7 @@ def test_rejected_plan_is_not_written(
 ) -> None:
     """If the checker objects, the command fails, says why and writes nothing."""
     report = VerifyReport(violations=(Violation("capacity", "too much"),))
-    monkeypatch.setattr(command, "verify_plan", lambda *args: report)
+    monkeypatch.setattr(command, "verify_plans", lambda *args: report)
     assert plan(folder, "--out", str(folder / "plan.json")) == 1
     assert "capacity: too much" in capsys.readouterr().out
     assert not (folder / "plan.json").exists()
