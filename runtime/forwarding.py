@@ -382,12 +382,16 @@ class Forwarder:
                 hinted_tokens=hints.output_tokens,
                 deadline_s=None if due_s is None else due_s + ahead_s,
             )
+            urgency = hints.priority or 0
+            if control.tenancy.keyed:
+                # A client may step back for others of its tenant, not ahead of other tenants.
+                urgency = min(0, urgency)
             asked = Asked(
                 tenant=tenant,
                 begun=run.admitted,
                 service_s=control.service_s(call),
                 tokens=tokens + control.router.forecaster.of(call).output_tokens,
-                priority=tenant.priority + (hints.priority or 0),
+                priority=tenant.priority + urgency,
             )
             with await control.admission.enter(asked) as admitted:
                 run.admitted = True
@@ -750,6 +754,8 @@ class Forwarder:
             ticket.finish(output_tokens=chunks, prompt_tokens=None, cached_tokens=None)
             admitted.used(ticket.call.prompt_tokens + chunks)
             return
+        if usage.response_id is not None:
+            control.runs.answered(usage.response_id, ticket.call.run_id)
         prompt_tokens = usage.prompt_tokens
         if prompt_tokens is not None:
             control.scale.learn(request.model, request.prompt.size_bytes, prompt_tokens)

@@ -40,7 +40,7 @@ __all__ = ["Breaker", "FleetHealth", "HealthRules", "State"]
 
 _OUTCOMES = 64
 """Outcomes kept of an endpoint."""
-_RATIOS = 9
+_RATIOS = 7
 """Latency ratios whose median is an endpoint's slowness."""
 _DOUBLINGS = 5
 
