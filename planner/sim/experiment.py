@@ -17,7 +17,9 @@ from planner.dispatch.table import DispatchTable, Tuning
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec
 from planner.domain.trace import RunRecord, TraceRecord
+from planner.sim.companions import companions_of
 from planner.sim.disturbance import Disturbance
+from planner.sim.grids import GRIDS
 from planner.sim.horizon import Horizon, Replan, ReplanLog
 from planner.sim.kernel import ClosedLoop, simulate
 from planner.sim.retention import Retention
@@ -76,8 +78,10 @@ class World:
     ----------
     fleet, forecaster
         The endpoints, and what policies may believe.
-    noise_cv, dispatch_s, clients, disturbances, retention
+    noise_cv, dispatch_s, clients, disturbances
         See `simulate`.
+    retention
+        See `simulate`; for policies that bring none of their own (`planner.sim.companions`).
     replan
         How the table of ``almanac`` is replaced on the way; None keeps it.
     """
@@ -108,6 +112,7 @@ def run_cell(
     """Return the records of one cell; ``log`` is told of its re-planning, if there is any."""
     world = cell.world
     policy = cell.setup.make(cell.seed)
+    own = companions_of(policy)
     horizon = None
     if world.replan is not None and isinstance(policy, Planned):
         horizon = Horizon(policy, world.replan, cell.seed, log or ReplanLog())
@@ -122,7 +127,8 @@ def run_cell(
         timer=timer,
         clients=world.clients,
         disturbances=world.disturbances,
-        retention=world.retention,
+        retention=own.retention or world.retention,
+        eviction=own.eviction,
         horizon=horizon,
     )
 
@@ -135,22 +141,6 @@ def mean_latency_s(records: Iterable[TraceRecord]) -> float:
         if isinstance(record, RunRecord) and record.status == "ok"
     ]
     return sum(latencies) / len(latencies) if latencies else math.inf
-
-
-GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
-    "prefix_affinity": (
-        ("imbalanced_threshold", (4, 0, 1, 2, 3, 6, 8, 12, 20, math.inf)),
-        ("match_rate_threshold", (0.1, 0.3, 0.5)),
-    ),
-    "marginal_cost": (("theta", (1.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 0.0, 6.0)),),
-    "almanac": (
-        ("theta", (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
-        ("price_scale", (0.0, 0.25, 0.5, 1.0)),
-        ("plan_pull", (0.0, 0.05, 0.1, 0.3)),
-    ),
-}
-"""Parameters in the order they are tuned, each with its values, the starting value first. Every
-tuned policy gets 12 evaluations."""
 
 
 def tune(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from planner.dispatch.policies.astraea import Astraea
 from planner.dispatch.policies.base import Choice, Policy
 from planner.dispatch.policies.cache_aware import CacheAware, CacheAwareSmg, ExpectedWait
 from planner.dispatch.policies.classic import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
@@ -21,6 +22,7 @@ from planner.dispatch.policies.orders import (
 )
 from planner.dispatch.policies.planned import Planned
 from planner.dispatch.policies.prefix import PrefixAffinity
+from planner.dispatch.policies.saga import Saga
 from planner.dispatch.policies.scores import KvCost, WeightedScorers
 from planner.dispatch.policies.sticky import ConsistentHash, SessionAffinity
 from planner.domain.errors import InvalidInput
@@ -51,6 +53,8 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
         Plas,
         Atlas,
         HexAGenT,
+        Astraea,
+        Saga,
         Planned,
     )
 }

@@ -1,0 +1,65 @@
+"""Whose text a piece of prompt is, and how large its owner's context is, for eviction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from planner.dispatch.events import Call
+
+__all__ = ["Owner", "Sessions"]
+
+
+@dataclass(slots=True)
+class Owner:
+    """A run that holds text.
+
+    Parameters
+    ----------
+    call
+        Its latest call.
+    items
+        Fingerprint items first seen in its prompts.
+    """
+
+    call: Call
+    items: list[int] = field(default_factory=list)
+
+
+class Sessions:
+    """Owners of prompt text by fingerprint item."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Owner] = {}
+        self._owners: dict[int, Owner | None] = {}  # None: of several runs
+        self.largest_tokens = 1
+
+    def arrived(self, call: Call) -> None:
+        """Note the prompt of a call that has become ready."""
+        if not call.run_id:
+            return
+        owner = self._runs.setdefault(call.run_id, Owner(call))
+        owner.call = call
+        owners = self._owners
+        for item in call.prefix:
+            if item not in owners:
+                owners[item] = owner
+                owner.items.append(item)
+            elif owners[item] is not owner:
+                owners[item] = None
+        self.largest_tokens = max(one.call.prompt_tokens for one in self._runs.values())
+
+    def ended(self, run_id: str) -> None:
+        """Forget a run that is over."""
+        owner = self._runs.pop(run_id, None)
+        for item in owner.items if owner else ():
+            del self._owners[item]
+
+    def owner(self, item: int) -> Owner | None:
+        """Return the only run that has used an item; None if there are several.
+
+        Raises
+        ------
+        KeyError
+            If no prompt has held it.
+        """
+        return self._owners[item]
