@@ -23,6 +23,7 @@ from planner.solve.horizon import plan_snapshot
 from runtime.plan_process import ProcessLimits
 from runtime.recent import RecentWork
 from runtime.replanning import ReplanConfig, Replanner
+from tests.runtime.test_commands import FLEET, free_port, start, stop
 
 WORKFLOW = Workflow(
     name="flow",
@@ -229,6 +230,31 @@ def test_an_answer_for_an_old_state_is_dropped(stack, tmp_path):
         ((down, "stale"), (rival, "stale"), (lambda _: None, "adopted"))
     ):
         asyncio.run(live(tmp_path / str(number), change, outcome))
+
+
+def test_the_command_starts_a_worker_and_takes_it_along(tmp_path):
+    """`almanac serve --replan` has a planner's process beside it, and none is left at the end."""
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(FLEET.format(port=free_port()))
+    gateway, line = start(
+        "serve", fleet, "--port", 0, "--replan", "60", "--admin-key-env", "THE_KEY",
+        THE_KEY="secret",
+    )  # fmt: skip
+    while not line.startswith("ready: "):
+        line = gateway.stderr.readline()
+        assert line
+    url = line.split()[1].rstrip(",")
+    key = {"authorization": "Bearer secret"}
+    worker = None
+    while worker is None:
+        facts = httpx.get(f"{url}/almanac/v1/diagnostics", headers=key, trust_env=False).json()
+        worker = facts["replanning"]["process"]["pid"]
+    assert facts["replanning"]["period_s"] == 60.0
+    code, _, err = stop(gateway)
+    assert code == 0
+    assert "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 def table_for(s):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from planner.cli import activation
 from planner.cli.activation import save_activation, weigh_tables
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable, Ranked, Row, Tuning
 from planner.domain.errors import InvalidInput
 from planner.domain.run import RunSpec
+from planner.sim.experiment import PolicySetup
 from planner.sim.workload import sampled_workload
 from tests.planner.solve.small import case, chain, endpoint, fleet
 
@@ -80,3 +82,41 @@ def test_nothing_to_replay_is_bad_input() -> None:
     other = replace(fast, fleet_hash="other")
     with pytest.raises(InvalidInput, match="another fleet"):
         weigh_tables(other, fast, recent(), QUESTION.fleet, forecaster)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "activate"),
+    [((1.0, 2.0), True), ((0.9, 2.05), False), ((1.05, 1.9), False), ((1.009, 2.019), True)],
+)
+def test_mean_and_p95_both_count_beyond_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch, candidate: tuple[float, float], activate: bool
+) -> None:
+    """A gain in one does not pay for a loss in the other; within the tolerance nothing is lost."""
+    new, old = table("fast"), table("slow")
+
+    def latencies(setup: PolicySetup, *_others: object) -> tuple[float, float]:
+        return candidate if setup.table is new else (1.0, 2.0)
+
+    monkeypatch.setattr(activation, "_latencies", latencies)
+    forecaster = Forecaster(QUESTION.estimates, [QUESTION.workflow])
+    verdict = weigh_tables(new, old, recent(), QUESTION.fleet, forecaster, tolerance=0.01)
+    assert verdict.activate is activate
+
+
+def test_a_first_table_is_weighed_against_marginal_cost() -> None:
+    """Without an incumbent every row is new, and sending all to the slow endpoint loses."""
+    forecaster = Forecaster(QUESTION.estimates, [QUESTION.workflow])
+    verdict = weigh_tables(table("slow"), None, recent(), QUESTION.fleet, forecaster)
+    assert (verdict.incumbent, verdict.activate) == ("marginal_cost", False)
+    assert [one.before for one in verdict.changes] == [None, None]
+    assert "not activated" in verdict.text()
+
+
+def test_a_table_under_which_nothing_ends_never_goes_live() -> None:
+    """Infinite latencies are null in the record, and lose even against themselves."""
+    fast = table("fast")
+    endless = tuple(replace(run, patience_s=1e-3) for run in recent()[1])
+    forecaster = Forecaster(QUESTION.estimates, [QUESTION.workflow])
+    verdict = weigh_tables(fast, fast, {1: endless}, QUESTION.fleet, forecaster)
+    assert not verdict.activate
+    assert verdict.to_json()["candidate_s"] == [None]
