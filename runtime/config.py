@@ -182,14 +182,12 @@ class GatewayConfig:
         "calls under way at a time",
         least=1,
         flags=("--max-in-flight", "--max-concurrent-requests"),
-        live=False,
     )
     queue_limit: int = setting(
         1000,
         "limits",
         "calls that may wait for their turn where there are limits",
         flags=("--queue-limit", "--queue-size"),
-        live=False,
     )
     queue_timeout_s: float = setting(
         30.0,
@@ -197,14 +195,12 @@ class GatewayConfig:
         "how long a call may wait for its turn",
         above=True,
         flags=("--queue-timeout-s", "--queue-timeout-secs"),
-        live=False,
     )
     ageing_s: float = setting(
         10.0,
         "limits",
         "wait after which a call goes before all later ones, whatever its class",
         above=True,
-        live=False,
     )
     hold_limit: int = setting(
         1000,

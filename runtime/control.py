@@ -401,13 +401,18 @@ class Control:
             session_headers=self.config.session_headers,
             session_fields=self.config.session_fields,
         )
-        if tenant is ANYONE:
-            return found
-        return replace(
-            found,
-            run_id=_owned(tenant, found.run_id),
-            parent_id=found.parent_id and _owned(tenant, found.parent_id),
-        )
+        if tenant is not ANYONE:
+            found = replace(
+                found,
+                run_id=_owned(tenant, found.run_id),
+                parent_id=found.parent_id and _owned(tenant, found.parent_id),
+            )
+        if found.source == "session" and found.session_id == payload.get("previous_response_id"):
+            # Each answer has an id of its own: the chain of them is the session.
+            known = self.runs.of_answer(found.session_id or "")
+            if known is not None and (tenant is ANYONE or known.startswith(f"{tenant.name}/")):
+                return replace(found, run_id=known)
+        return found
 
     def hints(self, headers: Mapping[str, str], payload: Mapping[str, Any]) -> Hints:
         """Return what a request says of itself; what makes no sense is counted."""
@@ -708,6 +713,7 @@ class Control:
             "in_flight": self.router.in_flight,
             "held": self.router.held,
             "admission": self.admission.to_json(),
+            "time_limits": self.guard.limits_json(),
             "runs_active": len(self.runs),
             "workflows": {key: one.name for key, one in self._workflows.items()},
             "forecast": self._errors.to_json(),

@@ -538,14 +538,14 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ApiError as error:
-        return _error_response(error)
+        return _error_response(request, error)
     except InvalidInput as error:
-        return _error_response(ApiError(400, str(error)))
+        return _error_response(request, ApiError(400, str(error)))
     except web.HTTPException as error:
-        return _error_response(ApiError(error.status, error.reason))
+        return _error_response(request, ApiError(error.status, error.reason))
     except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
         _log.exception("internal error", extra={"path": request.path})
-        return _error_response(ApiError(500, "Internal error of the gateway."))
+        return _error_response(request, ApiError(500, "Internal error of the gateway."))
 
 
 def tls_context(certificate: str, key: str) -> ssl.SSLContext:
@@ -568,13 +568,16 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     return context
 
 
-def _error_response(error: ApiError) -> web.Response:
-    return web.Response(
+def _error_response(request: web.Request, error: ApiError) -> web.Response:
+    response = web.Response(
         status=error.status,
         body=error.body,
         content_type="application/json",
         headers=error.headers,
     )
+    if request_id := request.headers.get("x-request-id"):
+        response.headers["x-request-id"] = request_id[:200]
+    return response
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from runtime.tracing import SpanLike
 __all__ = ["Run", "RunBook"]
 
 _REMEMBERED = 4096
-"""Ended runs kept in mind."""
+"""Ended runs kept in mind, and answers of runs."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +78,7 @@ class RunBook:
     def __init__(self) -> None:
         self._runs: dict[str, Run] = {}
         self._ended: OrderedDict[str, Run] = OrderedDict()
+        self._answers: OrderedDict[str, str] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -88,6 +89,16 @@ class RunBook:
         One that only fell silent is not found: what comes after is a new run of that name.
         """
         return self._runs.get(run_id) or self._ended.get(run_id)
+
+    def answered(self, response_id: str, run_id: str) -> None:
+        """Note which run an answer belongs to, so that one that continues it is known."""
+        self._answers[response_id] = run_id
+        if len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
+
+    def of_answer(self, response_id: str) -> str | None:
+        """Return the run that an earlier answer belongs to, or None."""
+        return self._answers.get(response_id)
 
     def active(self) -> tuple[Run, ...]:
         """Return the runs in progress, in order of their start."""

@@ -130,11 +130,12 @@ def with_fields(body: bytes, payload: Mapping[str, Any], fields: Mapping[str, An
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts of an answer; None where the engine did not say."""
+    """Token counts of an answer, and its id; None where the engine did not say."""
 
     prompt_tokens: int | None
     output_tokens: int
     cached_tokens: int | None = None
+    response_id: str | None = None
 
 
 def read_usage(payload: Any) -> Usage | None:
@@ -152,7 +153,15 @@ def read_usage(payload: Any) -> Usage | None:
         prompt_tokens=_count(raw.get("prompt_tokens", raw.get("input_tokens"))),
         output_tokens=_count(raw.get("completion_tokens", raw.get("output_tokens"))) or 0,
         cached_tokens=_count(cached),
+        response_id=_response_id(payload),
     )
+
+
+def _response_id(payload: Mapping[str, Any]) -> str | None:
+    """Return the id by which a later request may continue the answer, if it is such an answer."""
+    answer = payload.get("response", payload)
+    found = answer.get("id") if isinstance(answer, dict) else None
+    return found if isinstance(found, str) and found.startswith("resp_") else None
 
 
 def _count(value: Any) -> int | None:
