@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.cli.activation import (
+    activation_trial,
     add_activation_arguments,
+    save_activation,
 )
 from planner.cli.checks import at_least, out_file
 from planner.domain.errors import InvalidInput
@@ -166,7 +168,7 @@ def _count_or_auto(text: str) -> int | str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, check, print and write; return 0, or 1 if the checker rejects the plan."""
+    """Plan, check, print and write; return 0, or 1 if the checker or the replay rejects it."""
     from planner.solve.solver import Budget, solve_mix  # OR-Tools takes a second to load
 
     at_least(args, seed=0)
@@ -175,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     objective = Objective.parse(args.objective)
     fleet = load_fleet(args.fleet)
     estimates = load_estimates(args.estimates)
+    trial = activation_trial(args, fleet)
     demands = _demands(args)
     for demand in demands:
         workflow = demand.workflow
@@ -226,6 +229,12 @@ def run(args: argparse.Namespace) -> int:
             scenarios=result.plan.scenarios,
             progress=_note,
         )
+        if trial is not None:
+            verdict = trial.judge(table, [one.workflow for one in demands], fleet, estimates)
+            save_activation(verdict, args.table.with_suffix(".activation.json"))
+            _note(verdict.text())
+            if not verdict.activate:
+                return 1
         save_table(table, args.table)
         _note(f"wrote {args.table}, table {table.version}, {len(table.rows)} rows")
     return 0

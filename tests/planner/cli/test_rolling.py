@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from planner.cli import plan as command
 from planner.cli import plan_worker, replan_options
 from planner.cli.explain import run as explain
 from planner.cli.main import main
@@ -27,6 +26,7 @@ from planner.domain.workflow import save_workflow
 from planner.sim.experiment import Cell, PolicySetup, World, run_cell
 from planner.sim.horizon import Seen
 from planner.sim.workload import sampled_workload
+from planner.solve import tables
 from planner.solve.budget import Budget
 from tests.planner.solve.small import case, chain, endpoint, fleet
 
@@ -317,8 +317,8 @@ def test_trials_that_cannot_be_held_are_told_first(
 
 def test_a_worse_table_is_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the replay says worse, the exit code is 1, the record is kept and the file untouched."""
-    made = command._compile
-    monkeypatch.setattr(command, "_compile", lambda *args: bad(made(*args)))
+    made = tables.mix_table
+    monkeypatch.setattr(tables, "mix_table", lambda *args, **named: bad(made(*args, **named)))
     assert plan(folder, "--activate-against", str(folder / "trace.jsonl")) == 1
     assert not (folder / "table.json").exists()
     assert json.loads((folder / "table.activation.json").read_text())["activate"] is False
