@@ -285,14 +285,20 @@ class Guard:
         )
         if self.switch is None:
             return
-        if breaker.takes_calls:
-            self.switch.endpoint_up(index, cold=breaker.cold)
-            breaker.cold = False
+        if not breaker.takes_calls:
+            self.switch.endpoint_down(index)
+            if any(one.state is State.HALF_OPEN for one in self.health.breakers):
+                # Calls were kept from those on trial for the sake of one that is out now.
+                self.switch.move_held()
             return
-        self.switch.endpoint_down(index)
-        if any(one.state is State.HALF_OPEN for one in self.health.breakers):
-            # Calls were held for others that are out now: those on trial may have to take them.
+        spared = index in self.health.spared(endpoint.model)
+        if spared:
+            # Else all calls that wait for their turn would take it for one of the others.
             self.switch.move_held()
+        self.switch.endpoint_up(index, cold=breaker.cold)
+        if breaker.state is State.CLOSED:
+            self.switch.move_held()  # what was kept from it need not be any longer
+        breaker.cold = False
 
     def refit(self, endpoints: Sequence[Endpoint]) -> None:
         """Go on with these endpoints: those known so far, perhaps changed, and new ones."""
@@ -405,6 +411,19 @@ class Guard:
     def to_json(self, index: int) -> dict[str, Any]:
         """Return what is known of an endpoint's health, JSON-ready."""
         return self.health.to_json(index, time.monotonic())
+
+    def limits_json(self) -> dict[str, Any]:
+        """Return the time limits and budgets as they are now, JSON-ready; wall seconds."""
+        return {
+            "first_byte": self._first.to_json(),
+            "whole_answer": self._whole.to_json(),
+            "silence": self._gap.to_json(),
+            "hedge": {**self._hedge.to_json(), "share": self.hedges.share},
+            "budget_left": {
+                "give_up": round(self._haste.left, 2),
+                "hedge": round(self.hedges.left, 2),
+            },
+        }
 
     def gauge(self) -> None:
         """Set the gauges of all endpoints."""

@@ -63,6 +63,18 @@ class LearnedLimit:
         """Return the forecast as corrected to the level."""
         return self._tracker.correct(max(0.0, forecast_s))
 
+    def to_json(self) -> dict[str, float | int]:
+        """Return the bounds and what was learned, JSON-ready."""
+        return {
+            "level": self._tracker.level,
+            "seen": self._tracker.seen,
+            "multiple": self._multiple,
+            "floor_s": self._floor_s,
+            "cap_s": self._cap_s,
+            "of_nothing_s": round(self.of(0.0), 4),
+            "of_a_second_s": round(self.of(1.0), 4),
+        }
+
     def learn(self, forecast_s: float, observed_s: float) -> None:
         """Note what it took; something given up is told with the time it was given."""
         self._tracker.update(max(0.0, forecast_s), observed_s)

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 
+import httpx
 import openai
 import pytest
 
 from planner.domain.faults import read_fault
 from planner.domain.trace import BranchRecord, load_trace
 from runtime.health import State
+from runtime.keys import KeyedTenancy, read_tenants
 
 OFTEN = {"health_interval_s": 0.01}
 
@@ -166,3 +168,84 @@ def _whole(path):
 
     TraceWriter(path, header={}).close()
     return load_trace(path)
+
+
+async def test_overload_loses_nobody(stack):
+    """Of a burst beyond limit and queue each call is answered once: whole, or 429 with a time."""
+    async with (
+        stack(2, config={"max_in_flight": 4, "queue_limit": 20}) as s,
+        httpx.AsyncClient(base_url=s.gateway.address, timeout=30.0) as http,
+    ):
+
+        async def one(number):
+            body = {
+                "model": "m",
+                "messages": user(f"w{number}"),
+                "vllm_xargs": {"mock_output_tokens": 20},
+            }
+            return await http.post("/v1/chat/completions", json=body)
+
+        answers = await asyncio.gather(*(one(number) for number in range(60)))
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(refused) + sum(answer.status_code == 200 for answer in answers) == 60
+        assert 0 < len(refused) <= 60 - 24
+        for answer in refused:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.headers["x-almanac-reason"] == "queue_full"
+            assert answer.json()["error"]["type"] == "RateLimitError"
+        text = s.control.metrics_text()
+        count = f'almanac_rejections_total{{reason="queue_full",tenant="default"}} {len(refused)}'
+        assert count in text
+        assert f"almanac_queue_wait_seconds_count {60 - len(refused)}" in text
+        assert s.control.diagnostics()["admission"]["in_flight"] == 0
+
+
+async def test_each_tenant_has_its_own_limits(stack, until):
+    """A tenant at its limit of calls or rate waits or is refused; the other one does not notice."""
+    tenancy = KeyedTenancy(
+        read_tenants(
+            [
+                {"name": "small", "key_env": "A", "max_in_flight": 1, "requests_per_minute": 3},
+                {"name": "large", "key_env": "B"},
+            ],
+            "test",
+            {"A": "key-a", "B": "key-b"},
+        )
+    )
+    async with stack(1, tenancy=tenancy, changes={"max_num_seqs": 16}) as s:
+        small, large = (
+            openai.AsyncOpenAI(base_url=s.base_url, api_key=key, max_retries=0)
+            for key in ("key-a", "key-b")
+        )
+        async with small, large:
+            first = asyncio.create_task(answer(small, "a", 200))
+            await until(lambda: s.control.router.in_flight == 1)
+            second = asyncio.create_task(answer(small, "b", 3))
+            await until(lambda: s.control.admission.waiting == 1)
+            await asyncio.gather(*(answer(large, f"c{n}") for n in range(5)))
+            assert s.control.admission.waiting == 1
+            assert 'almanac_tenant_queue_depth{tenant="small"} 1' in s.control.metrics_text()
+            await asyncio.gather(first, second)
+            await answer(small, "d")
+            with pytest.raises(openai.RateLimitError) as caught:
+                await answer(small, "e")
+            assert 10 <= int(caught.value.response.headers["retry-after"]) <= 20
+            await answer(large, "f")
+
+
+async def test_calls_in_a_queue_do_not_rush_to_one_on_trial(stack, until):
+    """Calls that wait their turn in the router stay away from an endpoint on trial, too."""
+    config = {"breaker_pause_s": 60.0, "health_interval_s": 0.0}
+    async with (
+        stack(2, policy="fcfs_call", config=config, changes={"max_num_seqs": 1}) as s,
+        client(s) as ask,
+    ):
+        for _ in range(3):
+            s.control.endpoint_failed(1, "http_500")
+        assert s.control.breakers[1].down
+        tasks = [asyncio.create_task(answer(ask, f"w{n}", 40)) for n in range(8)]
+        await until(lambda: s.control.router.held >= 5)
+        s.control.endpoint_recovered(1)
+        assert s.control.breakers[1].state is State.HALF_OPEN
+        answers = await asyncio.gather(*tasks)
+        assert {raw.headers["x-almanac-endpoint"] for raw in answers} == {"e0"}
