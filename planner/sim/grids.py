@@ -57,6 +57,11 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
         ("idle_s", (0.1, 0.0, 0.5, 2.0)),
         ("slo", (1.5, 2.0, 3.0)),
     ),
+    "llmsched": (
+        ("epsilon", (0.2, 0.0, 0.05, 0.1, 0.3, 0.5)),
+        ("bins", (5, 3, 4, 6)),
+        ("least_runs", (20, 10, 40, 80)),
+    ),
     "almanac": (
         ("theta", (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
         ("price_scale", (0.0, 0.25, 0.5, 1.0)),

@@ -12,6 +12,7 @@ from planner.dispatch.policies.cache_aware import CacheAware, CacheAwareSmg, Exp
 from planner.dispatch.policies.classic import LeastLoad, PowerOfTwo, RandomChoice, RoundRobin
 from planner.dispatch.policies.finish import LeastExpectedFinish, MarginalCost
 from planner.dispatch.policies.hexagent import HexAGenT
+from planner.dispatch.policies.llmsched import LlmSched
 from planner.dispatch.policies.orders import (
     Atlas,
     FirstComeCall,
@@ -55,6 +56,7 @@ POLICIES: Mapping[str, Callable[..., Policy]] = {
         HexAGenT,
         Astraea,
         Saga,
+        LlmSched,
         Planned,
     )
 }
