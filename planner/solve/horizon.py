@@ -21,12 +21,11 @@ from planner.solve.instance import build_instance
 from planner.solve.mixture import Mixture, mix
 from planner.solve.prices import instance_prices, site_criticality
 from planner.solve.solver import PlanResult, solve_instance
+from planner.solve.tables import LOAD_FACTORS
 from planner.verify import verify_plan
 
-__all__ = ["LOAD_FACTORS", "Planned", "plan_snapshot"]
+__all__ = ["Planned", "plan_snapshot"]
 
-LOAD_FACTORS = (0.5, 0.75, 1.0, 1.25)
-"""Loads that get a bucket of their own, relative to the expected one."""
 _HALVINGS = 6
 """How often the load is halved until the fleet carries it; beyond a fleet is of no use at all."""
 _CLASSES = 4
@@ -204,23 +203,12 @@ def _ladder(
     return results
 
 
-def _busy_slots(result: PlanResult) -> float:
-    """Return how many calls a plan expects to be in service at the same time."""
-    instance, solution = result.instance, result.solution
-    busy = sum(
-        float(instance.work_s[site, endpoint, solution.levels[endpoint]])
-        for placement in solution.placements
-        for site, endpoint in enumerate(placement)
-    )
-    return busy * instance.arrival_rate_rps / instance.run_classes
-
-
 def _table(
     snapshot: Snapshot, serving: Fleet, mixture: Mixture, results: Sequence[PlanResult]
 ) -> DispatchTable:
     """Return the table for the whole fleet, rows named as their workflows name them."""
     slots = sum(endpoint.max_num_seqs for endpoint in serving.endpoints)
-    busy = [_busy_slots(result) for result in results]
+    busy = [result.busy_slots for result in results]
     levels: list[LoadLevel] = []
     for position, result in enumerate(results):
         # Half way to the next load planned for; the last bucket is open.

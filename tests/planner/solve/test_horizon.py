@@ -11,8 +11,9 @@ from planner.domain.estimates import EstimateTable
 from planner.domain.snapshot import Snapshot
 from planner.solve.budget import Budget
 from planner.solve.hints import placements_of
-from planner.solve.horizon import LOAD_FACTORS, plan_snapshot
+from planner.solve.horizon import plan_snapshot
 from planner.solve.mixture import mix
+from planner.solve.tables import LOAD_FACTORS
 from tests.planner.solve.small import Case, case, chain, endpoint, fleet
 
 BUDGET = Budget.reproducible(deterministic=8.0, relative_gap=0.02)
