@@ -57,7 +57,7 @@ def read_prompt(payload: Mapping[str, Any]) -> Prompt:
         or of an unexpected type counts as empty: judging it is the endpoint's business.
     """
     salt = payload.get("cache_salt")
-    seed = crc32(salt.encode()) if isinstance(salt, str) else 0
+    seed = crc32(salt.encode("utf-8", "replace")) if isinstance(salt, str) else 0
     tokens: int | None = None
     messages = payload.get("messages")
     if isinstance(messages, list):

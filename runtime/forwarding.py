@@ -43,7 +43,17 @@ from runtime.limits import Tenant
 from runtime.runs import Run
 from runtime.timeouts import Watch
 from runtime.tracing import SpanLike
-from runtime.wire import DONE, ApiError, SseTap, Usage, error_body, read_usage, sse, with_fields
+from runtime.wire import (
+    DONE,
+    ApiError,
+    SseTap,
+    Usage,
+    error_body,
+    plain_text,
+    read_usage,
+    sse,
+    with_fields,
+)
 
 __all__ = [
     "Answer",
@@ -63,7 +73,6 @@ _USAGE_ON_REQUEST = frozenset({_CHAT, "/v1/completions"})
 """Routes that take ``stream_options`` and end a stream with ``[DONE]``."""
 _SALTED = frozenset({_CHAT, "/v1/completions", "/v1/responses"})
 """Routes whose prompts are cached by prefix, and that take a ``cache_salt``."""
-_LONGEST_ID = 200
 
 
 class EndpointUnreachable(EndpointFailed):
@@ -302,8 +311,9 @@ class Forwarder:
         started: float,
         tenant: Tenant,
     ) -> _Request:
-        given = (headers.get(name) for name in self._control.config.request_id_headers)
-        request_id = next(filter(None, given), "")[:_LONGEST_ID] or uuid4().hex
+        names = self._control.config.request_id_headers
+        given = (plain_text(headers.get(name)) for name in names)
+        request_id = next(filter(None, given), "") or uuid4().hex
         stream = bool(payload.get("stream"))
         if path in _SALTED and not self._control.config.share_prefixes:
             salt = self._control.tenancy.salt(tenant, payload.get("cache_salt"))

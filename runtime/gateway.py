@@ -50,7 +50,7 @@ from runtime.openapi import openapi
 from runtime.prometheus import CONTENT_TYPE
 from runtime.state import Restored, StateFile
 from runtime.transport import bind_problem, open_session, speak_openai
-from runtime.wire import ApiError
+from runtime.wire import ApiError, plain_text
 
 __all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card", "tls_context"]
 
@@ -299,7 +299,9 @@ class Gateway:
         body = await request.read()
         headers = request.headers
         passed_on = {
-            name: value for name, value in headers.items() if name.lower() not in KEPT_BACK
+            name: value
+            for name, value in headers.items()
+            if name.lower() not in KEPT_BACK and (value.isascii() or _is_text(value))
         }
         if self._is_admin(request) or self.control.tenancy.keyed:
             # Keys of the gateway are none of the endpoints' business.
@@ -541,6 +543,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error_response(request, error)
     except InvalidInput as error:
         return _error_response(request, ApiError(400, str(error)))
+    except RecursionError:
+        return _error_response(request, ApiError(400, "The body is nested too deeply."))
     except web.HTTPException as error:
         return _error_response(request, ApiError(error.status, error.reason))
     except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
@@ -575,9 +579,18 @@ def _error_response(request: web.Request, error: ApiError) -> web.Response:
         content_type="application/json",
         headers=error.headers,
     )
-    if request_id := request.headers.get("x-request-id"):
-        response.headers["x-request-id"] = request_id[:200]
+    if request_id := plain_text(request.headers.get("x-request-id")):
+        response.headers["x-request-id"] = request_id
     return response
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a header's value is UTF-8; others cannot be sent on."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

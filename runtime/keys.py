@@ -72,8 +72,8 @@ class KeyedTenancy:
         """
         for one in self._tenants:
             if one.tenant is tenant:
-                text = own if isinstance(own, str) else ""
-                return hmac.new(one.digest, b"cache_salt:" + text.encode(), "sha256").hexdigest()
+                text = own.encode("utf-8", "replace") if isinstance(own, str) else b""
+                return hmac.new(one.digest, b"cache_salt:" + text, "sha256").hexdigest()
         return None
 
     def of(self, headers: Mapping[str, str]) -> Tenant:

@@ -15,6 +15,7 @@ __all__ = [
     "SseTap",
     "Usage",
     "error_body",
+    "plain_text",
     "read_usage",
     "sse",
     "with_fields",
@@ -97,6 +98,11 @@ def error_body(status: int, message: str, kind: str, param: str | None = None) -
     return json.dumps(
         {"error": {"message": message, "type": kind, "param": param, "code": status}}
     ).encode()
+
+
+def plain_text(value: str | None, most: int = 200) -> str:
+    """Return a header's value if it can be sent back as it is, cut to a length; else nothing."""
+    return value[:most] if value and value.isascii() and value.isprintable() else ""
 
 
 def sse(payload: Mapping[str, Any] | bytes) -> bytes:
