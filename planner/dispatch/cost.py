@@ -103,7 +103,8 @@ class Costs(Sequence[Cost]):
 
     def weighted(self, own: float, imposed: float) -> Floats:
         """Return own x own_s + imposed x imposed_s, a new array."""
-        scores: Floats = np.array((own, imposed)).dot(self._table[:2])
+        _PAIR[0], _PAIR[1] = own, imposed
+        scores: Floats = _PAIR_VIEW.dot(self._table[:2])
         return scores
 
     def __len__(self) -> int:
@@ -248,8 +249,8 @@ def fleet_costs(
         _save(table, cached, loads, view, levels)
 
     place, part = knot(output)
-    _PARTS[0], _PARTS[1] = 1.0 - part, part
-    drag *= _PARTS_VIEW.dot(loads.imposed[place : place + 2])
+    _PAIR[0], _PAIR[1] = 1.0 - part, part
+    drag *= _PAIR_VIEW.dot(loads.imposed[place : place + 2])
     imposed += drag
     np.maximum(own, loads.queue_s, out=own)
     own += service
@@ -313,8 +314,8 @@ def _members(who: int) -> list[int]:
 
 _CELLS = _features()
 _FEATURES: Floats = np.frombuffer(_CELLS).reshape(4, rows.ROWS)
-_PARTS = array("d", (0.0, 0.0))
-_PARTS_VIEW: Floats = np.frombuffer(_PARTS)
+_PAIR = array("d", (0.0, 0.0))
+_PAIR_VIEW: Floats = np.frombuffer(_PAIR)
 _TURN_CONTEXT = _OWN * rows.ROWS + rows.TURN_CONTEXT
 _DRAG_CONTEXT = _DRAG * rows.ROWS + rows.CONTEXT
 _PREFILL = _SERVICE * rows.ROWS + rows.PREFILL

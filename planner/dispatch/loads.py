@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,12 @@ def knot(tokens: float) -> tuple[int, float]:
     return place, (tokens / low - 1.0) / 0.41421356237309515
 
 
+@lru_cache(maxsize=1024)
+def _share(tokens: float, weight: float) -> Floats:
+    """Return one resident's part of F; forecasts of a call site repeat themselves."""
+    return weight * np.minimum(_GRID, tokens)
+
+
 class Loads:
     """Struct of arrays over endpoints and their residents.
 
@@ -81,8 +88,8 @@ class Loads:
         Prompt plus output that a call may have without the KV pool limiting the calls at once.
     least_room_tokens
         The least of them, or less.
-    in_flight
-        Calls of each endpoint.
+    in_flight, total
+        Calls of each endpoint, and of all.
     imposed
         (knots, endpoints): F of each; of endpoints with no free slot F(2x) / 2, since a call that
         waits for a slot meets half of what remains of the others.
@@ -103,6 +110,7 @@ class Loads:
         self.in_flight: npt.NDArray[np.int64] = np.frombuffer(self._calls, dtype=np.int64)
         self.imposed: Floats = np.zeros((_KNOTS, size))
         self.least_room_tokens = math.inf
+        self.total = 0
         self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
         self._tokens_per_s: Floats = np.frombuffer(self._pace)
         self._slots = np.array([state.endpoint.max_num_seqs for state in states])
@@ -130,9 +138,7 @@ class Loads:
         self._since[index, place] = math.inf if first_s is None else first_s
         self._weight[index, place] = resident.criticality
         if resident.criticality:
-            share = np.minimum(_GRID, resident.output_tokens)
-            share *= resident.criticality
-            self._delay[index] += share
+            self._delay[index] += _share(resident.output_tokens, resident.criticality)
 
     def first_token(self, state: EndpointState, resident: Resident, now_s: float) -> None:
         """Note that a resident decodes from now on."""
@@ -144,9 +150,7 @@ class Loads:
         if len(there) == 1:
             self._delay[index] = 0.0  # floats summed in another order; an idle endpoint is exact
         elif resident.criticality:
-            share = np.minimum(_GRID, self._left[index, place])
-            share *= resident.criticality
-            self._delay[index] -= share
+            self._delay[index] -= _share(self._left.item(index, place), resident.criticality)
         last = there.pop()
         end = len(there)
         if last is not resident:
@@ -199,6 +203,7 @@ class Loads:
         self._queue[index] = queued * (per_token + per_square * queued) if queued > 0 else 0.0
         self._room[index] = room
         self.least_room_tokens = min(room, self.least_room_tokens)
+        self.total += calls - self._calls[index]
         self._calls[index] = calls
         self._weights[index] = weight
         self._pace[index] = 1.0 / (step + per_kv * context / max(calls, 1))

@@ -64,37 +64,36 @@ def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
     """
     if not prefix:
         return []
-    who = holders.get(prefix[0], 0)
+    get, depths = holders.get, _DEPTHS
+    who = get(prefix[0], 0)
     found: list[tuple[int, int]] = []
     size = len(prefix)
-    count = bisect_right(_DEPTHS, size)
+    count = bisect_right(depths, size)
     low = 0
     while who:
         # All in `who` hold anchor `low`; find the last one that all of them hold.
-        last = count - 1
-        if holders.get(prefix[_DEPTHS[last] - 1], 0) & who != who:
-            high = last
-            last = low
-            while high - last > 1:
-                middle = (last + high) >> 1
-                if holders.get(prefix[_DEPTHS[middle] - 1], 0) & who == who:
-                    last = middle
-                else:
-                    high = middle
+        last, end = low, count
+        while end - last > 1:
+            middle = (last + end) >> 1
+            if get(prefix[depths[middle] - 1], 0) & who == who:
+                last = middle
+            else:
+                end = middle
         low = last + 1
-        deeper = holders.get(prefix[_DEPTHS[low] - 1], 0) & who if low < count else 0
+        deeper = get(prefix[depths[low] - 1], 0) & who if low < count else 0
         stay, reached = who & ~deeper, deeper
         # Past their last anchor they may hold the last item of an earlier prompt.
-        top = _DEPTHS[last]
+        top = depths[last]
         below: list[tuple[int, int]] = []
-        for depth in range(min(_DEPTHS[last + 1] - 1, size), top, -1):
-            here = holders.get(prefix[depth - 1], 0) & stay
-            if here:
-                reached |= here
-                below.append((depth, reached))
-                stay &= ~here
-                if not stay:
-                    break
+        for depth in range(min(depths[low] - 1, size), top, -1):
+            if prefix[depth - 1] in holders:
+                here = holders[prefix[depth - 1]] & stay
+                if here:
+                    reached |= here
+                    below.append((depth, reached))
+                    stay &= ~here
+                    if not stay:
+                        break
         if stay:
             found.append((top, who))
         found.extend(reversed(below))
@@ -153,16 +152,18 @@ class PrefixIndex:
         count, size = len(anchors), len(prefix)
         matched = self.match(prefix)
         old = bisect_right(_DEPTHS, matched, hi=count)
-        last = prefix[-1]
+        last, top = prefix[-1], _DEPTHS[count - 1]
+        # What the last item of an earlier prompt stands for is handed on to the next one after it.
+        if old and matched > _DEPTHS[old - 1] and matched < size:
+            earlier = prefix[matched - 1]
+            self._held -= items[earlier]
+            items[earlier] = 0.0
         if last in items:
             items.move_to_end(last)
-        elif size > _DEPTHS[count - 1]:
-            above = max(matched, _DEPTHS[count - 1])
-            items[last] = (size - above) * item_tokens
+        elif size > top:
+            items[last] = (size - top) * item_tokens
             self._held += items[last]
             holders[last] = holders.get(last, 0) | bit
-        # What the last item of an earlier prompt stood for is now part of the anchor after it.
-        tail = prefix[matched - 1] if old and matched > _DEPTHS[old - 1] and old < count else None
         for place in range(count - 1, old - 1, -1):
             tokens = (_DEPTHS[place] - (_DEPTHS[place - 1] if place else 0)) * item_tokens
             anchor = anchors[place]
@@ -170,9 +171,6 @@ class PrefixIndex:
             self._held += tokens - items.pop(anchor, 0.0)
             items[anchor] = tokens
             holders[anchor] = holders.get(anchor, 0) | bit
-        if tail is not None:
-            self._held -= items[tail]
-            items[tail] = 0.0
         held = filter(items.__contains__, reversed(anchors[:old]))  # all, unless it was made up
         deque(map(items.move_to_end, held), maxlen=0)
         while self._held > self.capacity_tokens and items:

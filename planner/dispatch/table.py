@@ -245,7 +245,8 @@ class Found:
     @property
     def price(self) -> Numbers:
         """Scaled opportunity price of a slot second, s/s."""
-        return self._placed(self._rows.price[self._number] * self._tuning.price_scale)
+        price, scale = self._rows.price[self._number], self._tuning.price_scale
+        return self._placed(price if scale == 1.0 else price * scale)
 
     @property
     def pull_s(self) -> Numbers:

@@ -294,10 +294,9 @@ class FleetView:
     def occupancy(self, candidates: Sequence[EndpointState]) -> float:
         """Return the calls in flight per slot of some endpoints."""
         candidates = Candidates.of(candidates, self)
-        calls = self.loads.in_flight
-        if not candidates.whole:
-            calls = calls[candidates.indices]
-        return int(calls.sum()) / candidates.slots
+        if candidates.whole:
+            return self.loads.total / candidates.slots
+        return int(self.loads.in_flight[candidates.indices].sum()) / candidates.slots
 
     def matches(self, prefix: Sequence[int]) -> list[tuple[int, int]]:
         """Return the depths to which a prompt is held, rising, with the endpoints that do."""

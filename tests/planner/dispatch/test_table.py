@@ -4,8 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from planner.dispatch.rows import Ranked, Row, Rows
 from planner.dispatch.table import (
     DispatchTable,
     LoadLevel,
@@ -160,3 +162,48 @@ def test_merge_refuses_the_same_workflow_twice() -> None:
     """Rows of one workflow come from one compilation."""
     with pytest.raises(InvalidInput):
         merge_tables([table(), table()])
+
+
+def test_rows_by_column_give_back_what_was_put_in() -> None:
+    """Numbers of any size, reasons, order and flags of a row survive being kept by column."""
+    given = tuple(
+        Row(
+            workflow_hash="w",
+            site=site,
+            bucket=0,
+            valid_from=0.0,
+            valid_to=math.inf,
+            ranked=(
+                Ranked(endpoint="b", cost_s=cost, share=share, price=1 / 3),
+                Ranked(endpoint="a", cost_s=123456.7891, share=1.0 - share, price=0.0),
+            ),
+            priority="arrival",
+            retain_kv=site == "x",
+            reason=reason,
+        )
+        for site, cost, share, reason in (
+            ("x", 0.1, 0.25, "planned for 2 runs/s; b takes 25%"),
+            ("y", 2.0**-30, 1 / 64, "by hand"),
+        )
+    )
+    rows = Rows(given, ("a", "b"))
+    assert tuple(rows) == given
+    assert rows[:1] == given[:1]
+    assert rows == Rows(rows, ("a", "b"))
+    assert rows.cost_s[0].tolist() == [123456.7891, 0.1]
+
+
+def test_rows_of_planned_size_take_four_bytes_a_number() -> None:
+    """Costs, shares and prices as `compile_table` rounds them need no more than 32 bits."""
+    (row,) = table().rows[:1]
+    rows = Rows([row], table().endpoints)
+    assert {rows.cost_s.dtype, rows.share.dtype, rows.price.dtype} == {np.dtype(np.float32)}
+    assert rows[0] == row
+
+
+def test_a_table_spread_over_a_larger_fleet_plans_nothing_for_the_new() -> None:
+    """Endpoints are found by id, in the router's order; those it does not know count nothing."""
+    found = table().spread(("slow", "new", "fast")).find(WORKFLOW.content_hash, "a#0", 1.0)
+    assert found is not None
+    assert found.price.tolist() == [0.25, 0.0, 1.0]
+    assert found.pull_s[1] == 0.0

@@ -1,0 +1,195 @@
+"""Costs of all endpoints in one pass, against the scalar form they replaced."""
+
+import numpy as np
+import pytest
+
+from planner.dispatch.cost import call_cost, fleet_costs
+from planner.dispatch.events import Call
+from planner.dispatch.forecast import Forecast
+from planner.dispatch.view import EndpointState, FleetView, Resident
+from planner.domain.fleet import Endpoint
+from planner.domain.ids import EndpointId
+from planner.domain.latency import LatencyRow
+from tests.planner.dispatch.frozen import scalar_costs
+
+FIELDS = ("own_s", "imposed_s", "cached_tokens", "service_s")
+
+
+def busy_fleet(seed: int, *, count: int = 12, slots: int = 6, kv_blocks: int = 3000) -> FleetView:
+    """Return unlike endpoints with none to twice their slots of calls, some of them decoding."""
+    rng = np.random.default_rng(seed)
+    states = []
+    for index in range(count):
+        row = LatencyRow(
+            prefill_base_ms=float(rng.uniform(5, 20)),
+            prefill_us_per_token=float(rng.uniform(20, 200)),
+            prefill_ns_per_token_sq=float(rng.uniform(0, 5)),
+            decode_base_ms=float(rng.uniform(5, 30)),
+            decode_us_per_call=float(rng.uniform(10, 400)),
+            decode_ns_per_kv_token=float(rng.uniform(5, 100)),
+            scale=float(rng.uniform(0.8, 1.5)),
+        )
+        endpoint = Endpoint(
+            id=EndpointId(f"e{index}"),
+            model="m",
+            gpu="G",
+            latency=row,
+            kv_blocks=kv_blocks,
+            max_num_seqs=slots,
+        )
+        states.append(EndpointState(index, endpoint, row))
+    view = FleetView(states)
+    for state in states:
+        for number in range(int(rng.integers(0, 2 * slots + 1))):
+            prompt = int(rng.integers(100, 3000))
+            call_id = f"{state.index}-{number}"
+            state.add(
+                Resident(
+                    call_id=call_id,
+                    run_id="r",
+                    prompt_tokens=prompt,
+                    uncached_tokens=prompt * float(rng.random()),
+                    output_tokens=float(rng.integers(20, 800)),
+                    criticality=float(rng.random()),
+                    sent_s=0.0,
+                )
+            )
+            if rng.random() < 0.7:
+                state.first_token(call_id, float(rng.uniform(0.0, 3.0)))
+            if rng.random() < 0.2:
+                state.remove(call_id)
+        held = int(rng.integers(0, 200))
+        state.prefix.record(tuple(range(held)), 16.0)
+    return view
+
+
+def call(prompt_tokens: int = 2000) -> Call:
+    return Call(call_id="c", prompt_tokens=prompt_tokens, prefix=tuple(range(prompt_tokens // 16)))
+
+
+def pass_of(one: Call, view: FleetView, output_tokens: float, now_s: float = 3.0):
+    forecast = Forecast(output_tokens=output_tokens, criticality=1.0)
+    costs = fleet_costs(one.prompt_tokens, one.prefix, one.prefix_tokens, forecast, view, now_s)
+    return forecast, costs
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kv_blocks", [400, 3000])
+def test_one_pass_equals_one_by_one(seed: int, kv_blocks: int) -> None:
+    """The costs of all endpoints at once are those of each alone, also where KV is the limit."""
+    view = busy_fleet(seed, kv_blocks=kv_blocks)
+    for prompt, output in ((3, 1.0), (900, 60.0), (3000, 700.0)):
+        one = call(prompt)
+        forecast, costs = pass_of(one, view, output)
+        for state, cost in zip(view.states, costs, strict=True):
+            alone = call_cost(prompt, one.prefix, one.prefix_tokens, forecast, state, 3.0)
+            for name in FIELDS:
+                assert getattr(cost, name) == pytest.approx(getattr(alone, name), rel=1e-9)
+
+
+@pytest.mark.parametrize("kv_blocks", [400, 3000])
+def test_costs_stay_close_to_the_scalar_form(kv_blocks: int) -> None:
+    """Service and cached tokens are exact; waits and imposed delays differ by what is rounded.
+
+    What remains of residents is reckoned at the pace of the endpoint as it is, not with the call
+    already on it, and F is read between knots.
+    """
+    own, imposed = [], []
+    for seed in range(10):
+        view = busy_fleet(seed, kv_blocks=kv_blocks)
+        for prompt, output in ((900, 60.0), (3000, 700.0)):
+            one = call(prompt)
+            forecast, costs = pass_of(one, view, output)
+            before = scalar_costs(one, forecast, view.states, 3.0)
+            for old, new in zip(before, costs, strict=True):
+                assert new.service_s == pytest.approx(old.service_s, rel=1e-9)
+                assert new.cached_tokens == old.cached_tokens
+                own.append(new.own_s / old.own_s - 1.0)
+                if old.imposed_s:
+                    imposed.append(new.imposed_s / old.imposed_s - 1.0)
+    assert np.abs(own).max() < 0.15
+    assert np.abs(own).mean() < 0.01
+    assert np.abs(imposed).max() < 0.05
+    assert np.abs(imposed).mean() < 0.005
+
+
+def test_what_remains_falls_with_time() -> None:
+    """A resident that decodes imposes less and less, down to a quarter of its forecast."""
+    view = busy_fleet(0, count=1)
+    state = view.states[0]
+    for call_id in list(state.residents):
+        state.remove(call_id)
+    state.add(
+        Resident(
+            call_id="r",
+            run_id="r",
+            prompt_tokens=100,
+            uncached_tokens=0.0,
+            output_tokens=400.0,
+            criticality=1.0,
+            sent_s=0.0,
+        )
+    )
+    state.first_token("r", 0.0)
+    delays = []
+    for now_s in (0.0, 1.0, 2.0, 1000.0, 2000.0):
+        view.loads.advance(now_s)
+        delays.append(view.loads.delay_tokens(state, 10_000.0))
+    assert delays[0] == pytest.approx(400.0)
+    assert delays == sorted(delays, reverse=True)
+    assert delays[-1] == delays[-2] == pytest.approx(100.0, rel=0.09)
+
+
+def test_counts_do_not_drift() -> None:
+    """After thousands of calls came and went, the arrays are those of a view made afresh."""
+    view = busy_fleet(3)
+    rng = np.random.default_rng(0)
+    for number in range(3000):
+        state = view.states[int(rng.integers(len(view.states)))]
+        if state.residents and rng.random() < 0.5:
+            state.remove(next(iter(state.residents)))
+            continue
+        state.add(
+            Resident(
+                call_id=f"n{number}",
+                run_id="r",
+                prompt_tokens=500,
+                uncached_tokens=100.0,
+                output_tokens=float(rng.integers(1, 900)),
+                criticality=1.0,
+                sent_s=0.0,
+            )
+        )
+    _, kept = pass_of(call(), view, 200.0, now_s=9.0)
+    _, fresh = pass_of(call(), FleetView(view.states), 200.0, now_s=9.0)
+    for name in FIELDS:
+        assert getattr(kept, name) == pytest.approx(getattr(fresh, name), rel=1e-6)
+
+
+def test_a_changed_row_changes_costs_at_once() -> None:
+    """A learned row that is put in is what the next decision is reckoned with."""
+    view = busy_fleet(1)
+    forecast, before = pass_of(call(), view, 100.0)
+    view.states[4].latency = view.states[4].latency.scaled(2.0)
+    _, after = pass_of(call(), view, 100.0)
+    changed = after.service_s / before.service_s
+    assert changed[4] == pytest.approx(2.0)
+    assert np.delete(changed, 4) == pytest.approx(1.0)
+    assert forecast.output_tokens == 100.0
+
+
+def test_candidates_follow_health_room_and_model() -> None:
+    """The kept answer is given up when an endpoint goes down, and depends on model and size."""
+    view = busy_fleet(0, count=4)
+    most = view.states[0].most_tokens
+    assert view.candidates() == view.states
+    assert view.candidates("m", frozenset(), 5) is view.candidates("m", frozenset(), 6)
+    assert view.candidates("m", frozenset({1}), most) == tuple(
+        one for one in view.states if one.index != 1
+    )
+    assert view.candidates("m", frozenset(), most + 1) == ()
+    assert view.candidates("other") == ()
+    view.states[2].healthy = False
+    assert [one.index for one in view.candidates("m", frozenset(), most)] == [0, 1, 3]
+    view.states[2].healthy = True
+    assert view.candidates("m").whole
