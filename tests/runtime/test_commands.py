@@ -105,6 +105,52 @@ def test_both_serve_and_end_cleanly(fleet_file, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
+    """SIGHUP takes a file up or leaves it, and a restart finds what was learned and loaded."""
+    mock, line = start("mock_fleet", fleet_file, "--dilation", 50)
+    address = line.split()[-1]
+    state = tmp_path / "state.json"
+    words = ("--port", 0, "--dilation", 50, "--policy", "least_load", "--state", state)
+    key = {"authorization": "Bearer secret"}
+
+    def serve_it():
+        gateway, line = start("serve", fleet_file, *words, ALMANAC_SERVER_ADMIN_KEY="secret")
+        return gateway, line.split()[1].rstrip(",")
+
+    def facts(url):
+        return httpx.get(f"{url}/almanac/v1/diagnostics", headers=key).json()
+
+    gateway, url = serve_it()
+    text = fleet_file.read_text()
+    for wrong in ("faults: {retries: -1}", "faults: {"):
+        fleet_file.write_text(f"{text}\n{wrong}\n")
+        gateway.send_signal(signal.SIGHUP)
+        line = gateway.stderr.readline()
+        assert "ERROR reload refused, the running configuration stays" in line
+        assert "fleet.yaml" in line
+    fleet_file.write_text(f"{text}\nserver: {{seed: 3}}\n")
+    gateway.send_signal(signal.SIGHUP)
+    assert "read at the start only: server.seed" in gateway.stderr.readline()
+    assert "configuration reloaded" in gateway.stderr.readline()
+    body = {"model": "m", "prompt": "words " * 100, "max_tokens": 20}
+    headers = {"x-session-id": "s"}
+    assert httpx.post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
+    (before,) = facts(url)["endpoints"]
+    assert stop(gateway) == (0, "", "")
+    assert json.loads(state.read_text())["runs"][0]["run_id"] == "s"
+    gateway, url = serve_it()
+    (after,) = facts(url)["endpoints"]
+    assert after["latency"]["row"] == before["latency"]["row"]
+    assert after["prefix_tokens"] == before["prefix_tokens"] > 0
+    assert facts(url)["runs_active"] == 1
+    assert stop(gateway)[0] == 0
+    plain, line = start("serve", "--worker-urls", address, "--port", 0, "--policy", "least_load")
+    answer = httpx.get(f"{line.split()[1].rstrip(',')}/v1/models").json()
+    assert [one["id"] for one in answer["data"]] == ["m"]
+    assert stop(plain)[0] == 0
+    assert stop(mock)[0] == 0
+
+
 def test_require_ready_fails_with_one_message(fleet_file):
     """With `--require-ready` a silent endpoint ends the command with 1 and names it."""
     done = subprocess.run(  # noqa: S603

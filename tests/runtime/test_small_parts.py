@@ -45,6 +45,24 @@ class TestConfig:
 
 
 class TestPrometheus:
+    def test_labels_cannot_grow_without_end(self):
+        """Beyond the limit further label combinations count together as `other`."""
+        counter = Counter("c_total", "Things", ("who", "what"))
+        histogram = Histogram("h", "Sizes", (1,), ("who",))
+        registry = Registry((counter, histogram), label_limit=3)
+        for number in range(10):
+            counter.inc(f"client{number}", "x")
+            histogram.observe(0.5, f"client{number}")
+        counter.inc("client1", "x")
+        lines = registry.render().splitlines()
+        assert [line for line in lines if line.startswith("c_total")] == [
+            'c_total{who="client0",what="x"} 1',
+            'c_total{who="client1",what="x"} 2',
+            'c_total{who="client2",what="x"} 1',
+            'c_total{who="other",what="other"} 7',
+        ]
+        assert 'h_count{who="other"} 7' in lines
+
     def test_text_format(self):
         """Metrics render with type, escaped labels, cumulative buckets, sum and count."""
         counter = Counter("c_total", "Things", ("kind",))
