@@ -6,8 +6,8 @@ Rules
   refused connect, a broken answer, an answer of 5xx or 429, a first byte that is overdue. After
   that the client gets the error event of the API, never a second answer.
 * Other answers of 4xx are the client's affair; they are passed on and count against nobody. An
-  answer of 5xx counts against its endpoint once another one has answered the same call: a call
-  that fails everywhere is at fault itself.
+  answer of 5xx counts against its endpoint once another one has answered the same call, or where
+  none was tried; a call that fails everywhere may be at fault itself.
 * An endpoint that falls silent in the middle of an answer is given up after a time limit, too.
 * Where hedging is on, a late call is sent to a second endpoint; the first to answer is passed on,
   the other attempt cancelled.
@@ -205,6 +205,7 @@ class _Tries:
 
     sent: int = 0
     exclude: frozenset[int] = frozenset()
+    tried: set[int] = field(default_factory=set)
     suspects: list[_Failed] = field(default_factory=list)
     last: _Failed | None = None
 
@@ -450,8 +451,10 @@ class Forwarder:
             elsewhere = control.others(call, tries.exclude)
             again = tries.sent <= control.config.retries
             if failed.answer is not None and not (again and elsewhere):
+                self._suspect(call, tries)
                 return failed.answer, failed.answer.status
             if not again:
+                self._suspect(call, tries)
                 raise ApiError(
                     502, f"No endpoint answered in {tries.sent} attempts ({failed.reason})."
                 )
@@ -459,6 +462,16 @@ class Forwarder:
                 # All have failed: go by health alone, and wait if nothing is up.
                 tries.exclude = frozenset()
             control.metrics.retries.inc(control.fleet.endpoints[failed.index].id, failed.kind)
+
+    def _suspect(self, call: Call, tries: _Tries) -> None:
+        """Hold answers of 5xx against endpoints, as far as the call itself is not to blame."""
+        for failed in tries.suspects:
+            if len(tries.tried) > 1:
+                # It failed everywhere: only a bad endpoint does so more often than its peers.
+                self._control.endpoint_refused(failed.index)
+            elif self._control.others(call, frozenset({failed.index})):
+                # It was tried nowhere else though it could have been.
+                self._control.endpoint_failed(failed.index, failed.reason)
 
     async def _place(
         self, request: _Request, call: Call, client_attempt: int, admitted: Pass, tries: _Tries
@@ -540,9 +553,10 @@ class Forwarder:
             if request.span is not None:
                 held.callback(self._span(request, ticket).end)
             held.enter_context(ticket)
-            outcome = await self._first(request, ticket, patience, held)
+            outcome = await self._first(request, ticket, patience, held, tries)
             if isinstance(outcome, _Begun):
-                patience.begun()
+                if outcome.status < 400:  # a refused request says nothing of how long others take
+                    patience.begun()
                 outcome.held = held.pop_all()
                 return outcome
         self._note(outcome, ticket.call.call_id, tries)
@@ -575,6 +589,7 @@ class Forwarder:
         )
         tries.last = failed
         tries.exclude |= {failed.index}
+        tries.tried.add(failed.index)
         if failed.kind == "http_503":
             control.endpoint_refused(failed.index)  # one that is full is not broken
         elif failed.answer is None:
@@ -590,12 +605,13 @@ class Forwarder:
         ticket: Ticket,
         patience: Patience,
         held: contextlib.AsyncExitStack,
+        tries: _Tries,
     ) -> _Begun | _Failed:
         """Send an attempt and wait for its first byte, within its time limit."""
         index = ticket.send.endpoint
         try:
             async with Watch(patience.first_left_s):
-                return await self._exchange(request, ticket, patience, held)
+                return await self._exchange(request, ticket, patience, held, tries)
         except EndpointUnreachable as error:
             ticket.fail("connect")
             return _Failed(index=index, kind="connect", detail=str(error))
@@ -612,6 +628,7 @@ class Forwarder:
         ticket: Ticket,
         patience: Patience,
         held: contextlib.AsyncExitStack,
+        tries: _Tries,
     ) -> _Begun | _Failed:
         index = ticket.send.endpoint
         endpoint = self._control.fleet.endpoints[index]
@@ -639,7 +656,8 @@ class Forwarder:
             held=held,
         )
         if upstream.status >= 400:
-            answer = Answer(upstream.status, await upstream.read(), begun.headers)
+            headers = {**begun.headers, "x-almanac-attempts": str(tries.sent)}
+            answer = Answer(upstream.status, await upstream.read(), headers)
             kind = f"http_{upstream.status}"
             ticket.fail(kind)
             if upstream.status >= 500 or upstream.status == 429:

@@ -342,6 +342,28 @@ async def test_a_call_that_fails_everywhere_is_at_fault_itself(bench):
     assert not any(breaker.down for breaker in one.control.breakers)
 
 
+async def test_without_retries_failures_count_at_once(bench):
+    """Where a call is tried once only, an endpoint that fails fast does not attract load either."""
+    one = bench(
+        [whole(500, b"{}")], [whole(200, GOOD_BODY)], policy="least_load", config={"retries": 0}
+    )
+    statuses = [(await one.ask()).status for _ in range(20)]
+    assert statuses == [500] * 3 + [200] * 17
+
+
+async def test_a_call_that_fails_everywhere_counts_where_more_calls_fail_than_elsewhere(bench):
+    """Two endpoints that fail every call, though never alone, are told from the one that does not.
+
+    With one further attempt some calls meet both bad ones.
+    """
+    bad, good = [whole(500, b"{}")], [whole(200, GOOD_BODY)]
+    one = bench(bad, bad, good, good, good, config={"retries": 1})
+    statuses = [(await one.ask()).status for _ in range(60)]
+    assert 500 in statuses
+    assert statuses[-20:] == [200] * 20
+    assert sum(breaker.down for breaker in one.control.breakers) == 2
+
+
 async def test_hedging_is_off_unless_given_a_share(bench, until):
     """A late call is sent once only."""
     come = asyncio.Event()
