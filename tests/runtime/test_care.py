@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
 
 from planner.domain.faults import read_fault
+from planner.domain.fleet import Fleet
 from planner.domain.trace import BranchRecord, load_trace
+from runtime.config import GatewayConfig
+from runtime.control import Control
 from runtime.health import State
 from runtime.keys import KeyedTenancy, read_tenants
 
@@ -135,6 +140,25 @@ async def test_held_calls_take_one_on_trial_rather_than_nothing(stack, until, st
         await until(lambda: not any(one.down for one in s.control.breakers), 0.005)
         for number in range(6):
             assert (await answer(ask, f"w{number}", stream=streams)).status_code == 200
+
+
+def test_a_refused_client_hears_when_an_endpoint_of_its_model_may_be_back(fleet_of):
+    """The time is that of the soonest probe, and of the backlog that will be served before."""
+    here, there = fleet_of(2).endpoints
+    fleet = Fleet(name="f", endpoints=(here, replace(there, model="n")))
+    control = Control(
+        fleet,
+        policy="round_robin",
+        config=GatewayConfig(breaker_pause_s=60.0, probe_interval_s=0.5),
+    )
+    control.endpoint_failed(0, "test", unreachable=True)
+    assert control.retry_after_s("m") == pytest.approx(60.5, abs=1.0)
+    assert control.retry_after_s("n") == pytest.approx(0.5)
+    assert control.retry_after_s() == pytest.approx(0.5)
+    control.admission.waiting = 10
+    for ago in range(10):
+        control.admission.throughput.add(time.monotonic() - 5.0 + ago / 2)
+    assert control.retry_after_s("n") == pytest.approx(0.5 + 5.0, abs=0.5)
 
 
 def test_a_killed_gateway_leaves_a_readable_trace(tmp_path):
