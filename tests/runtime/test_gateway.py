@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import httpx
 import openai
@@ -367,6 +367,40 @@ async def test_a_table_of_another_fleet_is_refused(stack, fleet_of):
     async with stack(2) as s:
         with pytest.raises(InvalidInput, match="another fleet"):
             s.control.set_table(table_for(fleet_of(2, max_num_seqs=3)))
+
+
+async def test_a_table_follows_a_fleet_that_changes(stack, until):
+    """A table for the endpoints left is read in their places; a new endpoint is not in its plan."""
+    async with stack(3, policy="almanac", estimates=ESTIMATES, workflows=[WORKFLOW]) as s:
+        whole = s.control.fleet
+        rest = replace(whole, endpoints=whole.endpoints[1:])
+
+        async def chosen():
+            async with client(s) as ask:
+                raw = await ask.chat.completions.with_raw_response.create(
+                    model="m",
+                    messages=user("a b c"),
+                    extra_body=xargs(5),
+                    extra_headers={
+                        "x-almanac-workflow": WORKFLOW.content_hash,
+                        "x-almanac-node": "a",
+                    },
+                )
+            return raw.headers["x-almanac-endpoint"], raw.headers["x-almanac-reason"]
+
+        s.gateway.set_fleet(rest)
+        table = table_for(rest)
+        s.control.set_table(table)
+        assert await chosen() == ("e1", "plan")
+        s.control.set_policy("almanac:")
+        assert await chosen() == ("e1", "plan")
+        with pytest.raises(InvalidInput, match="another fleet"):
+            s.control.set_table(table_for(whole))
+        assert s.control.table is table
+        s.gateway.set_fleet(whole)
+        await until(lambda: s.control.router.view.states[0].healthy, 0.005)
+        assert (await chosen())[1] == "fallback"
+        assert s.control.table is None
 
 
 async def test_admin_routes_need_the_key(stack):
