@@ -11,8 +11,9 @@ their outputs. F is concave and piecewise linear; it is kept at x = sqrt(2)^k an
 which understates a resident's share by 8.6% at worst and by nothing where left_j is in another
 interval than x.
 
-``left_j`` falls while a resident decodes. It is brought up to date for all residents together at
-most every `SWEEP_S` seconds of the caller's clock; in between it stands still.
+``left_j`` falls while a resident decodes. It is brought up to date for all residents together, at
+the first token of a call that comes `SWEEP_S` seconds after the last time, or in a decision when
+none has come for twice as long; in between it stands still.
 
 Writers are scalar and go through `array.array` (a tenth of the time of writing a numpy element);
 readers see the same memory as numpy arrays.
@@ -65,7 +66,8 @@ def knot(tokens: float) -> tuple[int, float]:
 @lru_cache(maxsize=1024)
 def _share(tokens: float, weight: float) -> Floats:
     """Return one resident's part of F; forecasts of a call site repeat themselves."""
-    return weight * np.minimum(_GRID, tokens)
+    share: Floats = weight * np.minimum(_GRID, tokens)
+    return share
 
 
 class Loads:
@@ -117,7 +119,8 @@ class Loads:
         # Residents by (endpoint, place); empty places hold zeros.
         self._residents: list[list[Resident]] = [[] for _ in states]
         self._output, self._since, self._weight, self._left = np.zeros((4, size, _WIDTH))
-        self._next_sweep_s = -math.inf
+        self._due_s = -math.inf
+        self._asked = False
         for state in states:
             for resident in state.residents.values():
                 self.add(state, resident)
@@ -143,6 +146,8 @@ class Loads:
     def first_token(self, state: EndpointState, resident: Resident, now_s: float) -> None:
         """Note that a resident decodes from now on."""
         self._since[state.index, resident.place] = now_s
+        if self._asked and now_s >= self._due_s:
+            self._sweep(now_s)  # better now than in a decision, which a call waits for
 
     def remove(self, state: EndpointState, resident: Resident) -> None:
         """Stop counting a resident; `update` comes after it."""
@@ -232,10 +237,13 @@ class Loads:
         return float(low + part * (high - low))
 
     def advance(self, now_s: float) -> None:
-        """Bring what remains of the residents up to date, if that is due."""
-        if now_s < self._next_sweep_s:
-            return
-        self._next_sweep_s = now_s + SWEEP_S
+        """Bring what remains of the residents up to date, if no first token has done so lately."""
+        self._asked = True
+        if now_s >= self._due_s + SWEEP_S:
+            self._sweep(now_s)
+
+    def _sweep(self, now_s: float) -> None:
+        self._due_s, self._asked = now_s + SWEEP_S, False
         self.least_room_tokens = float(self.room_tokens.min())
         width = int(self.in_flight.max())
         if not width:

@@ -85,15 +85,15 @@ def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
         # Past their last anchor they may hold the last item of an earlier prompt.
         top = depths[last]
         below: list[tuple[int, int]] = []
-        for depth in range(min(depths[low] - 1, size), top, -1):
-            if prefix[depth - 1] in holders:
-                here = holders[prefix[depth - 1]] & stay
-                if here:
-                    reached |= here
-                    below.append((depth, reached))
-                    stay &= ~here
-                    if not stay:
-                        break
+        gap = prefix[min(depths[low] - 1, size) - 1 : top - 1 : -1]
+        for item in filter(holders.__contains__, gap):
+            here = holders[item] & stay
+            if here:
+                reached |= here
+                below.append((prefix.index(item, top) + 1, reached))
+                stay &= ~here
+                if not stay:
+                    break
         if stay:
             found.append((top, who))
         found.extend(reversed(below))
@@ -138,10 +138,10 @@ class PrefixIndex:
                 low = middle
             else:
                 high = middle
-        for depth in range(min(_DEPTHS[low + 1] - 1, size), _DEPTHS[low], -1):
-            if prefix[depth - 1] in items:
-                return depth
-        return _DEPTHS[low]
+        top = _DEPTHS[low]
+        gap = prefix[min(_DEPTHS[low + 1] - 1, size) - 1 : top - 1 : -1]
+        item = next(filter(items.__contains__, gap), None)
+        return top if item is None else prefix.index(item, top) + 1
 
     def record(self, prefix: Sequence[int], item_tokens: float) -> None:
         """Note that a prompt with this chain was sent there."""

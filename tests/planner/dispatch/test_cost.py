@@ -67,7 +67,7 @@ def call(prompt_tokens: int = 2000) -> Call:
     return Call(call_id="c", prompt_tokens=prompt_tokens, prefix=tuple(range(prompt_tokens // 16)))
 
 
-def pass_of(one: Call, view: FleetView, output_tokens: float, now_s: float = 3.0):
+def pass_of(one: Call, view: FleetView, output_tokens: float, now_s: float = 4.0):
     forecast = Forecast(output_tokens=output_tokens, criticality=1.0)
     costs = fleet_costs(one.prompt_tokens, one.prefix, one.prefix_tokens, forecast, view, now_s)
     return forecast, costs
@@ -82,7 +82,7 @@ def test_one_pass_equals_one_by_one(seed: int, kv_blocks: int) -> None:
         one = call(prompt)
         forecast, costs = pass_of(one, view, output)
         for state, cost in zip(view.states, costs, strict=True):
-            alone = call_cost(prompt, one.prefix, one.prefix_tokens, forecast, state, 3.0)
+            alone = call_cost(prompt, one.prefix, one.prefix_tokens, forecast, state, 4.0)
             for name in FIELDS:
                 assert getattr(cost, name) == pytest.approx(getattr(alone, name), rel=1e-9)
 
@@ -100,14 +100,14 @@ def test_costs_stay_close_to_the_scalar_form(kv_blocks: int) -> None:
         for prompt, output in ((900, 60.0), (3000, 700.0)):
             one = call(prompt)
             forecast, costs = pass_of(one, view, output)
-            before = scalar_costs(one, forecast, view.states, 3.0)
+            before = scalar_costs(one, forecast, view.states, 4.0)
             for old, new in zip(before, costs, strict=True):
                 assert new.service_s == pytest.approx(old.service_s, rel=1e-9)
                 assert new.cached_tokens == old.cached_tokens
                 own.append(new.own_s / old.own_s - 1.0)
                 if old.imposed_s:
                     imposed.append(new.imposed_s / old.imposed_s - 1.0)
-    assert np.abs(own).max() < 0.15
+    assert np.abs(own).max() < 0.2
     assert np.abs(own).mean() < 0.01
     assert np.abs(imposed).max() < 0.05
     assert np.abs(imposed).mean() < 0.005
