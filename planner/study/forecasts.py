@@ -119,7 +119,7 @@ def _learned(mix: Mix, fleet: Fleet, folder: Path | None) -> EstimateTable:
             rate = _TRAINING_LOAD * capacity_rps(fleet, mix)
             times = poisson_arrivals(rate, _TRAINING_RUNS, np.random.default_rng([seed, 0]))
             records = simulate(
-                mix.runs(list(times), seed=seed),
+                mix.runs(times, seed=seed),
                 fleet,
                 make_policy("round_robin"),
                 Forecaster(EstimateTable()),

@@ -325,7 +325,7 @@ def _world(setting: Setting, folder: Path) -> World:
 
 def _alone(job: _Job, runs: Sequence[RunSpec], world: World) -> list[float]:
     """Return the standalone latencies: they do not depend on load, arrivals or policy."""
-    plain = replace(job.setting, load=1.0, arrivals="poisson")
+    plain = replace(job.setting, load=1.0, fixed_rps=None, arrivals="poisson")
     key = _hash([CODE_SCHEMA, _content(plain), job.seed, job.runs])
     file = job.folder / "alone" / f"{key}.json"
     if not file.exists():

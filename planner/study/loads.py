@@ -2,7 +2,13 @@
 
 Capacity is the largest arrival rate of the plan's own relaxation (`planner.solve.bounds`) with
 the mix's truth: every endpoint at its top level, call sites divided at will, prefixes warm. Load
-is the arrival rate over capacity.
+is the arrival rate over capacity. Simulation agrees where endpoints serve calls whole: on ``h02``
+under marginal cost (mix ``agents``, 2,500 runs) the mean of each fifth of the runs settles at load
+0.85 (12 to 14 s), creeps at 1.0 (22 to 26 s) and grows without end at 1.1 (27, 39, 49, 60 s).
+
+Pools are followed less well: `hetero1` with `tree` begins to queue near 1.0 as it should, but
+`homogeneous` with `chat`, where little is computed per token moved, carries more than 1.2. Give
+such settings a rate of their own.
 """
 
 from __future__ import annotations
@@ -33,7 +39,6 @@ ARRIVALS = ("poisson", "gamma", "closed", "burst", *RECORDED)
 """Laws: Poisson; ``gamma`` with a coefficient of variation; clients that start a run when their
 last one ended; all at once; recorded arrivals stretched to the rate."""
 _SCENARIOS = 256
-_IN_FLIGHT_PER_SLOT = 1.0
 
 
 @lru_cache(maxsize=256)
@@ -107,4 +112,4 @@ def arrival_times(
 def closed_loop(fleet: Fleet, load: float) -> ClosedLoop:
     """Return clients in proportion to the fleet's slots: one for each at load 1."""
     slots = sum(endpoint.max_num_seqs for endpoint in fleet.endpoints)
-    return ClosedLoop(clients=max(1, round(load * slots * _IN_FLIGHT_PER_SLOT)))
+    return ClosedLoop(clients=max(1, round(load * slots)))

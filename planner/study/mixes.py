@@ -7,7 +7,7 @@ places them together; `split_table` gives the rows of its table back to the work
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,7 +69,7 @@ class Mix:
         content = repr([self.parts, self.templates])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def runs(self, arrivals_s: Sequence[float], *, seed: int) -> tuple[RunSpec, ...]:
+    def runs(self, arrivals_s: Iterable[float], *, seed: int) -> tuple[RunSpec, ...]:
         """Return one realised run per arrival.
 
         Run number n depends on the seed and n only: not on the arrival times, nor on how many

@@ -36,6 +36,8 @@ class Setting:
         Name in `planner.study.mixes.MIXES`.
     load
         Arrival rate over capacity, (0, 1.2]; for ``closed``, clients per slot.
+    fixed_rps
+        Runs per second in place of ``load`` times capacity, > 0, or None.
     arrivals, cv
         See `planner.study.loads.arrival_times`.
     forecasts
@@ -47,6 +49,7 @@ class Setting:
     slots: int = 16
     mix: str = "agents"
     load: float = 0.85
+    fixed_rps: float | None = None
     arrivals: str = "poisson"
     cv: float = 3.0
     forecasts: str = "learned"
@@ -56,15 +59,15 @@ class Setting:
             raise InvalidInput(
                 f"{self.load!r}", where="load", remedy="use a number in (0, 1.2]: 1 is capacity"
             )
+        if self.fixed_rps is not None and not self.fixed_rps > 0:
+            raise InvalidInput(f"{self.fixed_rps!r}", where="fixed_rps", remedy="use a number > 0")
 
     @property
     def name(self) -> str:
         """Short and unique, for tables, files and ``--settings``."""
         arrivals = f"{self.arrivals}{self.cv:g}" if self.arrivals == "gamma" else self.arrivals
-        return (
-            f"{self.fleet}-{self.kv}-{self.slots}/{self.mix}/{arrivals}/"
-            f"{self.load:g}/{self.forecasts}"
-        )
+        load = f"{self.load:g}" if self.fixed_rps is None else f"{self.fixed_rps:g}rps"
+        return f"{self.fleet}-{self.kv}-{self.slots}/{self.mix}/{arrivals}/{load}/{self.forecasts}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields."""
@@ -80,7 +83,9 @@ class Setting:
 
     @property
     def rate_rps(self) -> float:
-        """Runs per second at its load."""
+        """Runs per second."""
+        if self.fixed_rps is not None:
+            return self.fixed_rps
         return self.load * capacity_rps(self.make_fleet(), self.make_mix())
 
     def world(self, folder: Path | None = None) -> World:
@@ -111,4 +116,4 @@ def workload(
     """
     rng = np.random.default_rng([seed, 0])
     times = arrival_times(setting.arrivals, setting.rate_rps, runs, rng, cv=setting.cv, data=data)
-    return setting.make_mix().runs(list(times), seed=seed)
+    return setting.make_mix().runs(times, seed=seed)
