@@ -48,7 +48,7 @@ from runtime.fingerprint import Prompt, TokenScale
 from runtime.fleets import FleetChange, merge, present
 from runtime.guard import Guard, Patience
 from runtime.health import Breaker
-from runtime.hints import Hints, read_hints
+from runtime.hints import Hints, read_hints, stepping_back
 from runtime.identity import Identity, identify
 from runtime.keys import KeyedTenancy
 from runtime.limits import ANYONE, Limits, Tenant
@@ -414,12 +414,17 @@ class Control:
                 return replace(found, run_id=known)
         return found
 
-    def hints(self, headers: Mapping[str, str], payload: Mapping[str, Any]) -> Hints:
-        """Return what a request says of itself; what makes no sense is counted."""
+    def hints(
+        self, headers: Mapping[str, str], payload: Mapping[str, Any], tenant: Tenant
+    ) -> Hints:
+        """Return what a request says of itself; what makes no sense is counted.
+
+        Among tenants the operator says who goes first: their clients may only step back.
+        """
         hints = read_hints(headers, payload, self.config.hint_sources)
         for name in hints.ignored:
             self.metrics.hints_ignored.inc(name)
-        return hints
+        return hints if tenant is ANYONE else stepping_back(hints)
 
     def begin_call(self, identity: Identity, tenant: Tenant) -> Run:
         """Return the run of a call that arrives now, with the call counted."""

@@ -355,7 +355,7 @@ class Forwarder:
         ready_s = control.clock.now_s()
         identity = control.identify(headers, request.payload, request.prompt, tenant)
         run = control.begin_call(identity, tenant)
-        hints = control.hints(headers, request.payload)
+        hints = control.hints(headers, request.payload, tenant)
         age_s = ready_s - run.since_s
         ahead_s = head_start_s(hints, age_s=age_s)
         due_s = deadline_s(hints, age_s=age_s)

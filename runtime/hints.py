@@ -25,10 +25,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["HINT_SOURCES", "NO_HINTS", "Hints", "deadline_s", "head_start_s", "read_hints"]
+__all__ = [
+    "HINT_SOURCES",
+    "NO_HINTS",
+    "Hints",
+    "deadline_s",
+    "head_start_s",
+    "read_hints",
+    "stepping_back",
+]
 
 HINT_SOURCES = ("almanac", "agentic_context", "nvext", "llm-d", "smg")
 """In order of precedence: the first that gives a value wins, value by value."""
@@ -89,6 +97,17 @@ class Hints:
 
 
 NO_HINTS = Hints()
+
+
+def stepping_back(hints: Hints) -> Hints:
+    """Return hints without what makes a call more urgent than usual by its client's word alone."""
+    if (hints.priority or 0) <= 0 and (hints.strict_priority or 0) <= 0:
+        return hints
+    return replace(
+        hints,
+        priority=min(hints.priority or 0, 0),
+        strict_priority=min(hints.strict_priority or 0, 0),
+    )
 
 
 def head_start_s(hints: Hints, *, age_s: float = 0.0) -> float:

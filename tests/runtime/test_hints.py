@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict
 
-from runtime.hints import HINT_SOURCES, NO_HINTS, Hints, deadline_s, head_start_s, read_hints
+from runtime.hints import (
+    HINT_SOURCES,
+    NO_HINTS,
+    Hints,
+    deadline_s,
+    head_start_s,
+    read_hints,
+    stepping_back,
+)
 
 
 def hints(headers=None, payload=None, sources=HINT_SOURCES):
@@ -97,3 +105,12 @@ def test_higher_is_more_urgent_and_waiting_makes_up():
     assert deadline_s(NO_HINTS) is None
     assert head_start_s(Hints(strict_priority=1)) > head_start_s(Hints(priority=1000))
     assert head_start_s(Hints(priority=-2)) < usual
+
+
+def test_stepping_back_leaves_deadlines_and_lengths():
+    """What is more urgent than usual becomes usual; what is less stays so."""
+    urgent = Hints(priority=5, strict_priority=2, deadline_s=3.0, output_tokens=7)
+    expected = Hints(priority=0, strict_priority=0, deadline_s=3.0, output_tokens=7)
+    assert stepping_back(urgent) == expected
+    assert stepping_back(Hints(priority=-2)) == Hints(priority=-2)
+    assert stepping_back(NO_HINTS) is NO_HINTS
