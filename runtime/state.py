@@ -19,7 +19,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ __all__ = ["STATE_SCHEMA", "Restored", "StateFile", "restore", "snapshot"]
 _log = logging.getLogger(__name__)
 
 STATE_SCHEMA = "almanac.state/1"
-_MOST_ITEMS = 20_000
+_MOST_ITEMS = 10_000
 """Prefix items kept per endpoint, the most recently used ones."""
 _MOST_RUNS = 10_000
 _RUN_FIELDS = (
@@ -274,5 +274,18 @@ class StateFile:
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_pieces(document))
+
+
+def _pieces(document: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the JSON text in small pieces, so that no encoding of one holds up the event loop."""
+    for number, (name, value) in enumerate(document.items()):
+        yield f"{',' if number else '{'}{json.dumps(name)}:"
+        if isinstance(value, list) and value:
+            for place, one in enumerate(value):
+                yield f"{',' if place else '['}{json.dumps(one, separators=(',', ':'))}"
+            yield "]"
+        else:
+            yield json.dumps(value, separators=(",", ":"))
+    yield "}"
