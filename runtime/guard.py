@@ -130,14 +130,15 @@ class Patience:
 
     def first_left_s(self) -> float:
         """Return what is left of the limit on the first byte; it grows where nobody else helps."""
-        left_s = self.first_s - (self._now_s() - self._sent_s)
-        if left_s > 0 or self.first_s >= self._guard.cap_s:
-            return left_s
-        if self._elsewhere() and self._guard.may_give_up(self._index):
+        waited_s = self._now_s() - self._sent_s
+        if waited_s < self.first_s:
+            return self.first_s - waited_s
+        if waited_s < self._guard.cap_s:
+            if not (self._elsewhere() and self._guard.may_give_up(self._index)):
+                self.first_s = min(self._guard.cap_s, 1.5 * waited_s)
+                return self.first_s - waited_s
             self._guard.late_first(self)
-            return left_s
-        self.first_s = min(self._guard.cap_s, 1.5 * self.first_s)
-        return self.first_s - (self._now_s() - self._sent_s)
+        return 0.0
 
     def stall_left_s(self) -> float:
         """Return what is left of the limit on the endpoint's silence.
