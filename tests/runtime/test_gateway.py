@@ -18,6 +18,7 @@ from planner.domain.trace import BranchRecord, CallRecord, RunRecord, ToolRecord
 from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from runtime.control import Control
 from runtime.gateway import Gateway
+from runtime.state import StateFile
 
 ADMIN = {"authorization": "Bearer secret"}
 
@@ -401,6 +402,25 @@ async def test_a_table_follows_a_fleet_that_changes(stack, until):
         await until(lambda: s.control.router.view.states[0].healthy, 0.005)
         assert (await chosen())[1] == "fallback"
         assert s.control.table is None
+
+
+def test_the_newer_table_wins_at_a_restart(fleet_of, tmp_path):
+    """The table in use comes back, unless a newer one was given or the fleet is another."""
+    path = tmp_path / "state.json"
+
+    def restarted(count=2, **options):
+        fresh = Control(fleet_of(count), policy="almanac")
+        StateFile(path, fresh, wall=lambda: 200.0).load(**options)
+        return fresh.table
+
+    control = Control(fleet_of(2), policy="almanac", workflows=[WORKFLOW])
+    table = table_for(control.fleet)
+    control.set_table(table)
+    StateFile(path, control, wall=lambda: 100.0).save()
+    assert restarted().version == table.version
+    assert restarted(table_made_s=50.0).version == table.version
+    assert restarted(table_made_s=150.0) is None
+    assert restarted(3) is None
 
 
 async def test_admin_routes_need_the_key(stack):
