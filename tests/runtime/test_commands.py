@@ -107,8 +107,7 @@ def test_both_serve_and_end_cleanly(fleet_file, tmp_path):
 
 def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
     """SIGHUP takes a file up or leaves it, and a restart finds what was learned and loaded."""
-    mock, line = start("mock_fleet", fleet_file, "--dilation", 50)
-    address = line.split()[-1]
+    mock, _ = start("mock_fleet", fleet_file, "--dilation", 50)
     state = tmp_path / "state.json"
     words = ("--port", 0, "--dilation", 50, "--policy", "least_load", "--state", state)
     key = {"authorization": "Bearer secret"}
@@ -144,10 +143,6 @@ def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
     assert after["prefix_tokens"] == before["prefix_tokens"] > 0
     assert facts(url)["runs_active"] == 1
     assert stop(gateway)[0] == 0
-    plain, line = start("serve", "--worker-urls", address, "--port", 0, "--policy", "least_load")
-    answer = httpx.get(f"{line.split()[1].rstrip(',')}/v1/models").json()
-    assert [one["id"] for one in answer["data"]] == ["m"]
-    assert stop(plain)[0] == 0
     assert stop(mock)[0] == 0
 
 

@@ -197,6 +197,22 @@ def test_check_config_looks_into_files(write, capsys):
         check_config.run(parse(check_config))
 
 
+def test_endpoints_come_from_the_file_or_from_addresses(write, tmp_path):
+    """Addresses replace workers, with or without a file of settings; both at once are refused."""
+    only = tmp_path / "settings.yaml"
+    only.write_text("server: {port: 81}\n")
+    urls = ["--worker-urls", "http://127.0.0.1:1", "http://127.0.0.1:2"]
+    assert config_of(parse(serve, *urls)).fleet is None
+    config = config_of(parse(serve, "--config", only, *urls))
+    assert (config.fleet, config.launch.port) == (None, 81)
+    with pytest.raises(InvalidInput, match=r"--worker-urls: .*fleet\.yaml has workers already"):
+        config_of(parse(serve, write(), *urls))
+    with pytest.raises(InvalidInput, match="name one file"):
+        config_of(parse(serve, only, "--config", only))
+    with pytest.raises(InvalidInput, match="no endpoints"):
+        config_of(parse(serve, only))
+
+
 def test_foreign_variables_are_no_mistakes():
     """Variables of container platforms and of other sections are left alone."""
     names = ("ALMANAC_SERVER_SERVICE_HOST", "ALMANAC_DATA", "ALMANAC_PUBLIC_DATA", "SERVER_PORT")
