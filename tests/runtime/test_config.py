@@ -13,6 +13,7 @@ import yaml
 from planner.cli import check_config, serve
 from planner.cli.gateway_options import config_of
 from planner.domain.errors import InvalidInput
+from planner.domain.files import data_dir
 from runtime.config import GatewayConfig, LaunchConfig, all_settings, load_config
 from runtime.settings import resolve, settings_of, unknown_variables
 
@@ -211,6 +212,13 @@ def test_endpoints_come_from_the_file_or_from_addresses(write, tmp_path):
         config_of(parse(serve, only, "--config", only))
     with pytest.raises(InvalidInput, match="no endpoints"):
         config_of(parse(serve, only))
+
+
+def test_the_example_is_a_good_one(capsys):
+    """The configuration in the data folder is accepted as it is."""
+    path = data_dir() / "fleets" / "gateway.yaml"
+    assert check_config.run(parse(check_config, path)) == 0
+    assert capsys.readouterr().out == "ok\n"
 
 
 def test_foreign_variables_are_no_mistakes():
