@@ -218,6 +218,8 @@ def fleet_costs(
     forecast: Forecast,
     view: FleetView,
     now_s: float,
+    *,
+    prefilled: bool = False,
 ) -> Costs:
     """Return the costs of a call on all endpoints of a fleet, in fleet order.
 
@@ -229,8 +231,11 @@ def fleet_costs(
     context = prompt_tokens + 0.5 * output
     # What all hold is part of the features; what only some hold is taken off afterwards.
     most = max(0, prompt_tokens - 1)
-    levels = [(min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)]
+    matches = () if prefilled else view.matches(prefix)
+    levels = [(min(most, int(depth * prefix_tokens)), who) for depth, who in matches]
     common = levels.pop(0)[0] if levels and levels[0][1] == view.everyone else 0
+    if prefilled:
+        common = most
     tokens = float(prompt_tokens - common)
     square = tokens * (prompt_tokens + common)
 

@@ -18,7 +18,9 @@ triggers and asynchronous application follow a reader's notes, the rest is recon
 * A pair's projected time is that of `planner.dispatch.cost`, so it knows cached prefixes.
 
 Deviations: the decode endpoint is fixed when a call is sent; the check of its KV capacity falls
-there, and a call whose pair has no room waits in the router. Lengths are the forecaster's.
+there, a call whose pair has no room waits in the router, and the end of a transfer asks for no
+new plan. The greedy planner sees the calls of the largest ratios, with their time on the idle fleet
+for the projected one, up to `MOST_PLANNED`. Lengths are the forecaster's.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.dispatch.events import Call, CallArrived, Event, PrefillFinished, RunEnded
+from planner.dispatch.events import Call, CallArrived, Event, RunEnded
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.pairing import entries
 from planner.dispatch.policies.base import Choice, Ready, Wait
@@ -39,7 +41,12 @@ from planner.dispatch.policies.queued import QueuedPolicy
 from planner.dispatch.policies.response import ratios
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["HexAGenT", "Horizon"]
+__all__ = ["MOST_PLANNED", "HexAGenT", "Horizon"]
+
+
+MOST_PLANNED = 64
+"""Calls that one plan places. What would come after them waits for a later plan, which each arrival
+brings; it keeps a plan at a few milliseconds however many calls wait."""
 
 
 @dataclass(slots=True)
@@ -147,14 +154,14 @@ class HexAGenT(QueuedPolicy):
     # -- horizons -----------------------------------------------------------------------------
 
     def observe(self, event: Event, fleet: FleetView) -> None:
-        """Follow what is revealed; arrivals and transfers ask for a new plan."""
+        """Follow what is revealed; whatever is asks for a new plan."""
         super().observe(event, fleet)
         if isinstance(event, CallArrived):
             self._revealed.setdefault(self.runs.of(event.call).run_id, []).append(event.call)
         elif isinstance(event, RunEnded):
             self._horizons.pop(event.run_id, None)
             self._revealed.pop(event.run_id, None)
-        self._wanted = self._wanted or isinstance(event, (CallArrived, PrefillFinished))
+        self._wanted = self._wanted or isinstance(event, CallArrived)
 
     def ended(self, ended: Ended, now_s: float) -> None:  # noqa: ARG002 - the signature
         """Put a real length into the horizon."""
@@ -219,7 +226,7 @@ class HexAGenT(QueuedPolicy):
         """Return a place in the order and a pair for each waiting call that can be served."""
         waiting: list[_Waiting] = []
         horizons: dict[str, float] = {}
-        for call in held:
+        for call in self._shortlist(held, fleet, forecaster, now_s):
             tokens = call.prompt_tokens + (call.max_tokens or 1)
             serving = fleet.candidates(call.model, tokens=tokens)
             starts = entries(serving)
@@ -238,6 +245,25 @@ class HexAGenT(QueuedPolicy):
                 )
             )
         return _greedy(waiting, fleet.states) if waiting else {}
+
+    def _shortlist(
+        self, held: Sequence[Call], fleet: FleetView, forecaster: Forecaster, now_s: float
+    ) -> Sequence[Call]:
+        """Return the calls worth a closer look."""
+        if len(held) <= MOST_PLANNED:
+            return held
+        horizons: dict[str, float] = {}
+        elapsed: list[float] = []
+        for call in held:
+            run = self.runs.of(call)
+            if run.run_id not in horizons:
+                horizons[run.run_id] = self.horizon_s(run, forecaster, fleet)
+            ends = self._horizons[run.run_id]
+            name = first_attempt(call.call_id)
+            elapsed.append(now_s - run.arrival_s + ends.ends[name] - ends.starts[name])
+        horizon_s = np.array([horizons[self.runs.of(call).run_id] for call in held])
+        urgent = np.argsort(-ratios(np.array(elapsed), horizon_s), kind="stable")
+        return [held[place] for place in np.sort(urgent[:MOST_PLANNED])]
 
     def place(self, ready: Ready) -> Route | None:
         """Return the planned pair if it has room; unplanned calls go by earliest finish."""

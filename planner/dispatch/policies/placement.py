@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.dispatch.cost import Cost, call_cost
+from planner.dispatch.cost import Cost, Costs, fleet_costs
 from planner.dispatch.pairing import pull_s
 from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.view import EndpointState, FleetView
@@ -70,11 +70,15 @@ class Pairs:
         Fleet indices of the endpoint each way enters and of the one it decodes on, -1 if the same.
     entry, decode
         Their places among ``entries`` and ``decoders``, 0 for no decoder; shape (ways,).
+    split
+        Whether a way has a decoder, 0 or 1; shape (ways,).
+    decoders
+        Fleet indices of the decode endpoints.
     pull_s
         Seconds per token of KV that a way moves; shape (ways,).
     """
 
-    __slots__ = ("_kept", "decode", "entry", "indices", "pull_s")
+    __slots__ = ("_kept", "decode", "decoders", "entry", "indices", "pull_s", "split")
 
     def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
         ways = [
@@ -89,6 +93,8 @@ class Pairs:
         ]
         self.entry = np.array([place for place, _ in ways])
         self.decode = np.array([other or 0 for _, other in ways])
+        self.split = np.array([float(other is not None) for _, other in ways])
+        self.decoders = np.array([state.index for state in decoders], dtype=np.intp)
         self.pull_s = np.array(
             [
                 0.0 if other is None else pull_s(1.0, entries[place], decoders[other])
@@ -120,32 +126,29 @@ class Routes:
     def __init__(self, ready: Ready, pairs: Pairs) -> None:
         self._ready = ready
         self._costs = costs_of(ready)
-        self._rest: list[Cost] = []
+        self._rest: Costs | None = None
         self.pairs = pairs
         self.own_s = self._costs.own_s
         if not ready.decoders:
             return
         call = ready.call
         forecast = ready.forecaster.of(call)
-        missing: list[float] = []
-        for state in ready.decoders:
-            held = state.prefix.match(call.prefix) * call.prefix_tokens
-            missing.append(max(0.0, call.prompt_tokens - held))
-            rest = call_cost(
-                call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state,
-                ready.now_s, prefilled=True,
-            )  # fmt: skip
-            self._rest.append(rest)
-        split = np.array([index >= 0 for _, index in pairs.indices])
-        rest_s = np.array([rest.own_s for rest in self._rest])
+        self._rest = fleet_costs(
+            call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet,
+            ready.now_s, prefilled=True,
+        ).take(pairs.decoders)  # fmt: skip
+        missing = [
+            max(0.0, call.prompt_tokens - state.prefix.match(call.prefix) * call.prefix_tokens)
+            for state in ready.decoders
+        ]
         self.own_s = self.own_s[pairs.entry] + np.array(missing)[pairs.decode] * pairs.pull_s
-        self.own_s += rest_s[pairs.decode] * split
+        self.own_s += self._rest.own_s[pairs.decode] * pairs.split
 
     def route(self, way: int) -> Route:
         """Return one way in full."""
         place = int(self.pairs.entry[way])
         state, cost = self._ready.candidates[place], self._costs[place]
-        if self.pairs.indices[way][1] < 0:
+        if self._rest is None or self.pairs.indices[way][1] < 0:
             return Route(state, None, cost, ((state, cost.service_s),))
         other = int(self.pairs.decode[way])
         decode = self._ready.decoders[other]
