@@ -83,6 +83,8 @@ def load_plot(settings: Sequence[Setting]) -> Figure:
                         label=name,
                     )
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             axes.set_title(title)
             axes.set_xlabel("load (arrival rate / capacity)")
             axes.set_ylabel("mean run latency (s)")
