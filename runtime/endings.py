@@ -6,7 +6,7 @@ Most agents never announce their end. What is known of a run tells how long sile
 2. its workflow has no call after what it did last, or none of the sampled runs did: a few
    seconds;
 3. runs of its kind have paused at this place before: three times the 0.95 quantile of the pauses;
-4. only tools lie before the next call: twice the 0.95 quantiles of their delays, added up;
+4. tools lie before the next call or the end: twice the 0.95 quantiles of their delays, added up;
 5. otherwise the default.
 
 A run that comes back after all starts anew: nothing fails by a wrong guess.
@@ -103,7 +103,7 @@ class EndForecast:
         pauses = self._pauses.get(_place(run))
         if pauses is not None and len(pauses) >= _LEAST_PAUSES:
             return sorted(pauses)[int(_LEVEL * len(pauses))] * _PAUSE_FACTOR
-        if ahead is not None and ahead.delays_s is not None:
+        if ahead is not None and ahead.delays_s:
             return done_s + ahead.delays_s * _TOOL_FACTOR
         return idle_s
 
@@ -121,23 +121,28 @@ class EndForecast:
         start = NodeId(run.node)
         if workflow is None or start not in workflow.successors:
             return None
-        kinds = {node.id: node.kind for node in workflow.nodes}
+        nodes = {node.id: node for node in workflow.nodes}
         ahead = _Ahead()
+        # Which of its calls was the last one is not known.
+        ahead.calls = len(nodes[start].call_sites) > 1 if start in nodes else True
+        open_ended = {branch.source for branch in workflow.branches if not branch.exhaustive}
         waiting, seen = [start], {start}
         while waiting:
-            for after in workflow.successors.get(waiting.pop(), ()):
+            node = waiting.pop()
+            if node in open_ended:
+                return None
+            for after in workflow.successors.get(node, ()):
                 if after == END or after in seen:
                     # A loop back to the node itself brings its call again.
-                    ahead.calls |= after == start and kinds.get(after) == "llm"
+                    ahead.calls |= after == start and nodes[after].kind == "llm"
                     continue
                 seen.add(after)
-                kind = kinds[after]
+                kind = nodes[after].kind
                 if kind in ("llm", "subgraph"):
                     ahead.calls = True
                     continue
-                delay_s = self._delay_s(run.workflow_hash, after) if kind == "tool" else None
                 if kind in ("tool", "code"):
-                    ahead.add(delay_s)
+                    ahead.add(self._delay_s(run.workflow_hash, after))
                 waiting.append(after)
         return ahead
 

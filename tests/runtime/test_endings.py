@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from planner.domain.blocks import Segment
 from planner.domain.estimates import EstimateTable, Quantiles, SiteEstimate, WorkflowEstimate
-from planner.domain.workflow import END, START, CallSite, Node, Workflow
+from planner.domain.run import RunSpec, Task
+from planner.domain.workflow import END, START, Branch, CallSite, Node, Outcome, Workflow
 from planner.graph.sampling import scenarios
 from runtime.endings import EndForecast
 from runtime.runs import Run, RunBook
@@ -98,19 +100,59 @@ def test_pauses_of_other_runs_are_learned(endings):
 
 
 def test_a_loop_ends_when_sampled_runs_do():
-    """After the visit that no sampled run goes on from, the run is over, before it is not."""
+    """After the visit that no sampled run goes on from, the run is over; before, it is not."""
     loop = Workflow(
         name="loop",
-        nodes=(llm("a"), llm("b")),
-        edges=((START, "a"), ("a", "b"), ("b", END)),
+        nodes=(llm("a"), Node(id="t", kind="tool")),
+        edges=((START, "a"), ("t", "a")),
+        branches=(
+            Branch(
+                id="more",
+                source="a",
+                outcomes=(Outcome(id="yes", targets=("t",)), Outcome(id="no", targets=(END,))),
+            ),
+        ),
     )
+    prompt = (Segment(key=1, tokens=9),)
+
+    def task(index, node, visit):
+        return Task(
+            index=index, node=node, kind="llm" if node == "a" else "tool", visit=visit,
+            preds=(index - 1,) if index else (), site="a#0", prompt=prompt, output_tokens=3,
+        )  # fmt: skip
+
+    tasks = (task(0, "a", 0), task(1, "t", 0), task(2, "a", 1))
+    key = loop.content_hash
+    sampled = RunSpec(run_id="s", workflow="loop", workflow_hash=key, arrival_s=0.0, tasks=tasks)
     endings = EndForecast(EstimateTable())
-    estimate = WorkflowEstimate()
-    endings.add_workflow(loop, scenarios(loop, estimate, 8, seed=0, defaults=EstimateTable()))
-    before = run("a", workflow_hash=loop.content_hash)
-    after = run("b", workflow_hash=loop.content_hash, visit=3)
-    assert patience(endings, before) == 5.0  # the next call comes at once, or never
-    assert patience(endings, after) == 5.0
+    endings.add_workflow(loop, [sampled])
+    assert patience(endings, run("a", workflow_hash=key, visit=0)) == 900.0
+    assert patience(endings, run("a", workflow_hash=key, visit=1)) == 5.0
+    assert patience(endings, run("a", workflow_hash=key, visit=7)) == 5.0
+
+
+def test_graphs_that_do_not_tell_are_not_believed():
+    """Open branches, several calls in a node and calls in a row leave the default."""
+    several = tuple(CallSite(id=f"a#{number}") for number in range(2))
+    open_branch = Branch(
+        id="any", source="a", outcomes=(Outcome(id="end", targets=(END,)),), exhaustive=False
+    )
+    for workflow in (
+        Workflow(
+            name="several",
+            nodes=(Node(id="a", kind="llm", call_sites=several),),
+            edges=((START, "a"), ("a", END)),
+        ),
+        Workflow(name="open", nodes=(llm("a"),), edges=((START, "a"),), branches=(open_branch,)),
+        Workflow(
+            name="row",
+            nodes=(llm("a"), llm("b")),
+            edges=((START, "a"), ("a", "b"), ("b", END)),
+        ),
+    ):
+        endings = EndForecast(EstimateTable())
+        endings.add_workflow(workflow, ())
+        assert patience(endings, run("a", workflow_hash=workflow.content_hash)) == 900.0
 
 
 class TestBook:
