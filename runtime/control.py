@@ -681,6 +681,7 @@ class Control:
             held=self.router.held + self.admission.waiting,
             runs=len(self.runs),
             learned=learner.rows if learner else (),
+            absent=self.absent,
         )
 
     def _gauge_engines(self) -> None:

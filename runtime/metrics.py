@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from planner.dispatch.online import OnlineLatency
 from planner.dispatch.view import FleetView
@@ -126,16 +126,28 @@ class GatewayMetrics:
         )  # fmt: skip
 
     def render(
-        self, view: FleetView, *, held: int, runs: int, learned: Sequence[OnlineLatency] = ()
+        self,
+        view: FleetView,
+        *,
+        held: int,
+        runs: int,
+        learned: Sequence[OnlineLatency] = (),
+        absent: Container[int] = (),
     ) -> str:
         """Return the exposition text, with the gauges as they are now.
 
-        ``learned`` are the endpoints' learners in the view's order, or nothing.
+        ``learned`` are the endpoints' learners in the view's order, or nothing; ``absent`` the
+        places whose endpoint has left the fleet.
         """
-        for state, row in zip(view.states, learned, strict=False):
-            self.drift.set(row.ratio, state.endpoint.id)
-            self.drifting.set(float(row.drifting), state.endpoint.id)
-        for state in view.states:
+        for gauge in (self.active, self.health, self.drift, self.drifting):
+            gauge.clear()
+        here = [state for state in view.states if state.index not in absent]
+        if learned:
+            for state in here:
+                row = learned[state.index]
+                self.drift.set(row.ratio, state.endpoint.id)
+                self.drifting.set(float(row.drifting), state.endpoint.id)
+        for state in here:
             self.active.set(state.in_flight, state.endpoint.id)
             self.health.set(float(state.healthy), state.endpoint.id)
         self.queue.set(held)

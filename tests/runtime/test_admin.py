@@ -54,6 +54,7 @@ async def test_workers_come_and_go_while_serving(stack, http_of, until):
         gone = await admin.delete("/workers/e1")
         assert (gone.status_code, gone.json()) == (200, {"id": "e1"})
         assert await used(http, 4) == {"e0"}
+        assert 'almanac_worker_health{endpoint="e1"}' not in s.control.metrics_text()
         added = await admin.post("/workers", json=worker("fresh", second))
         assert (added.status_code, added.json()) == (201, {"id": "fresh"})
         await until(lambda: s.control.router.view.states[2].healthy, 0.005)
