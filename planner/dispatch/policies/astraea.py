@@ -161,7 +161,7 @@ class Astraea(QueuedPolicy):
     def _drawn(self, queues: Sequence[Sequence[Call]], now_s: float) -> Iterator[Call]:
         self._asked = False
         for queue in queues:
-            yield from first_to_last(queue, lambda call: self.key(call, now_s))
+            yield from first_to_last(queue, lambda call: self.rank(call, now_s))
             # A queue whose calls no endpoint could take counts as empty.
             if self.one_queue and self._asked:
                 return

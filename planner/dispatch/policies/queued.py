@@ -63,7 +63,7 @@ class QueuedPolicy:
     # -- what a policy of this kind says --------------------------------------------------------
 
     def key(self, call: Call, now_s: float) -> Any:
-        """Return what waiting calls are sorted by, smallest first; equal keys by arrival here."""
+        """Return what waiting calls are sorted by, smallest first; ties by their names."""
         raise NotImplementedError
 
     def ended(self, ended: Ended, now_s: float) -> None:
@@ -95,7 +95,11 @@ class QueuedPolicy:
 
     def ranked(self, held: Sequence[Call], now_s: float) -> Iterable[Call]:
         """Return the waiting calls, most urgent first."""
-        return held if len(held) < 2 else first_to_last(held, lambda call: self.key(call, now_s))
+        return held if len(held) < 2 else first_to_last(held, lambda call: self.rank(call, now_s))
+
+    def rank(self, call: Call, now_s: float) -> tuple[Any, str]:
+        """Return the key with the call's name, so that the order of ties is fixed."""
+        return self.key(call, now_s), call.call_id
 
     def _offers(self, ranked: Iterable[Call], fleet: FleetView) -> Iterator[Call]:
         for call in ranked:

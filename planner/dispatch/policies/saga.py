@@ -265,7 +265,7 @@ class Saga(QueuedPolicy):
     def _drawn(self, held: Sequence[Call], now_s: float) -> Iterator[Call]:
         blocked: Call | None = None
         fleet = self.fleet
-        for call in first_to_last(held, lambda call: self.key(call, now_s)):
+        for call in first_to_last(held, lambda call: self.rank(call, now_s)):
             target = self._target.get(call.call_id)
             if target is None or fleet is None:
                 yield call
@@ -276,9 +276,7 @@ class Saga(QueuedPolicy):
             else:
                 blocked = blocked or call
         if blocked is not None and self.stealing and now_s >= self._alarm_s:
-            # Idleness is a matter of time: one of those that wait asks for it.
-            self._alarm_s = now_s + self.idle_s
-            yield blocked
+            yield blocked  # it asks to be woken, see `choose`
 
     def place(self, ready: Ready) -> Route | None:
         """Return the route through the call's endpoint if that has room."""
@@ -301,7 +299,9 @@ class Saga(QueuedPolicy):
         if self._outlook is None:
             self._outlook = Outlook(ready.fleet, ready.forecaster)
         choice = super().choose(ready)
-        if isinstance(choice, Wait) and self.stealing and self._alarm_s > ready.now_s:
+        if isinstance(choice, Wait) and self.stealing and ready.now_s >= self._alarm_s:
+            # Idleness is a matter of time: one of the calls that wait asks for a look at it.
+            self._alarm_s = ready.now_s + self.idle_s
             return Wait("affinity", until_s=self._alarm_s)
         return choice
 
