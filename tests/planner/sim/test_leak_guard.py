@@ -7,10 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from planner.study.tables import plan_table
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import POLICIES, Choice, Planned, Policy, make_policy
-from planner.dispatch.policies.base import Ready
+from planner.dispatch.policies.base import Ready, Wait
 from planner.dispatch.table import DispatchTable
 from planner.domain.blocks import Segment
 from planner.domain.estimates import EstimateTable, load_estimates
@@ -19,26 +18,31 @@ from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.run import RunSpec, Task
 from planner.domain.trace import CallRecord, RunRecord, ToolRecord, TraceRecord
 from planner.domain.workflow import load_workflow
+from planner.sim.companions import companions_of
 from planner.sim.kernel import simulate
 from planner.sim.workload import poisson_arrivals, sampled_workload
 from planner.solve.solver import Budget
+from planner.study.tables import plan_table
 
 CUT_S = 30.0
 """What happens before this instant is revealed; everything after it is changed."""
 
 
-class Logged:
-    """A policy that writes down what it decided and when."""
+Log = list[tuple[float, str, Choice | Wait]]
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.name = policy.name
-        self.log: list[tuple[float, str, Choice]] = []
 
-    def choose(self, ready: Ready) -> Choice:
-        choice = self.policy.choose(ready)
-        self.log.append((ready.now_s, ready.call.call_id, choice))
+def logged(policy: Policy) -> Log:
+    """Have a policy write down what it decides and when; it still observes and orders itself."""
+    log: Log = []
+    choose = policy.choose
+
+    def choose_and_log(ready: Ready) -> Choice | Wait:
+        choice = choose(ready)
+        log.append((ready.now_s, ready.call.call_id, choice))
         return choice
+
+    policy.choose = choose_and_log  # type: ignore[method-assign]
+    return log
 
 
 @cache
@@ -63,16 +67,17 @@ def workload() -> tuple[RunSpec, ...]:
     return sampled_workload(workflow, truth, times, seed=5)
 
 
-def decisions(
-    name: str, runs: Sequence[RunSpec]
-) -> tuple[list[tuple[float, str, Choice]], list[TraceRecord]]:
+def decisions(name: str, runs: Sequence[RunSpec]) -> tuple[Log, list[TraceRecord]]:
     fleet, _, forecaster, table = setting()
     policy = make_policy(name, seed=1)
     if isinstance(policy, Planned):
         policy.table = table
-    logged = Logged(policy)
-    records = simulate(runs, fleet, logged, forecaster, seed=2)
-    return logged.log, records
+    own = companions_of(policy)
+    log = logged(policy)
+    records = simulate(
+        runs, fleet, policy, forecaster, seed=2, retention=own.retention, eviction=own.eviction
+    )
+    return log, records
 
 
 def mutate(run: RunSpec, records: Sequence[TraceRecord], rng: np.random.Generator) -> RunSpec:
@@ -154,9 +159,11 @@ def test_the_guard_catches_a_policy_that_looks_ahead() -> None:
     """A policy that reads the answer's length decides differently when it changes."""
     fleet, _, forecaster, _ = setting()
     runs = workload()
-    first = Logged(Cheat(runs))
-    records = simulate(runs, fleet, first, forecaster)
+    policy = Cheat(runs)
+    first = logged(policy)
+    records = simulate(runs, fleet, policy, forecaster)
     other = [mutate(run, records, np.random.default_rng(0)) for run in runs]
-    second = Logged(Cheat(other))
-    simulate(other, fleet, second, forecaster)
-    assert [e for e in first.log if e[0] <= CUT_S] != [e for e in second.log if e[0] <= CUT_S]
+    policy = Cheat(other)
+    second = logged(policy)
+    simulate(other, fleet, policy, forecaster)
+    assert [e for e in first if e[0] <= CUT_S] != [e for e in second if e[0] <= CUT_S]
