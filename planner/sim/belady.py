@@ -23,10 +23,12 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
+from planner.domain.fleet import Fleet
+from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, TraceRecord
 
-__all__ = ["CacheHits", "Prompt", "belady_hits", "lru_hits", "recorded_prompts"]
+__all__ = ["CacheHits", "Prompt", "belady_hits", "cost_ratio", "lru_hits", "recorded_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,28 @@ def recorded_prompts(
             Prompt(chain, (task.prompt_tokens - 1) // BLOCK_TOKENS)
         )
     return prompts
+
+
+def cost_ratio(
+    specs: Iterable[RunSpec], records: Sequence[TraceRecord], fleet: Fleet
+) -> float | None:
+    """Return the blocks computed in a simulated run over those that Belady's rule would compute.
+
+    Same calls, same endpoints, in the same order; 1 is the best there is, and what calls under way
+    at the same time could not share counts against the run. None if nothing had to be computed.
+    """
+    cached = sum(
+        (record.cached_tokens or 0) // BLOCK_TOKENS
+        for record in records
+        if isinstance(record, CallRecord) and record.status == "ok"
+    )
+    sought = best = 0
+    for name, prompts in recorded_prompts(specs, records).items():
+        endpoint = fleet.endpoints[fleet.index_of(EndpointId(name))]
+        found = belady_hits(prompts, endpoint.kv_tokens // BLOCK_TOKENS)
+        sought += found.sought
+        best += found.sought - found.hits
+    return (sought - cached) / best if best else None
 
 
 def belady_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:

@@ -10,13 +10,17 @@ from planner.dispatch.policies.astraea import Astraea
 from planner.dispatch.policies.saga import Saga
 from planner.dispatch.router import Router
 from planner.dispatch.view import Resident
+from planner.domain.blocks import Segment
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Endpoint, Fleet
-from planner.domain.ids import EndpointId
+from planner.domain.ids import EndpointId, NodeId, RunId, SiteId, WorkflowHash
 from planner.domain.latency import LatencyRow
+from planner.domain.run import RunSpec, Task
+from planner.sim.belady import cost_ratio
 from planner.sim.companions import AdaptiveKv, ToolTtl, WaLru, companions_of
 from planner.sim.experiment import PolicySetup, tune
 from planner.sim.grids import GRIDS
+from planner.sim.kernel import simulate
 from planner.sim.retention import Fate, Idle
 
 ROW = LatencyRow(
@@ -165,3 +169,45 @@ def test_every_tuned_policy_gets_twelve_trials(name: str) -> None:
         for setup in tried:
             setup.make(0)
     assert len(tried) == 12
+
+
+def chains(count: int) -> list[RunSpec]:
+    """Return runs that take turns: each reads 400 tokens of its own, pauses, reads them again."""
+    return [
+        RunSpec(
+            run_id=RunId(f"r{number}"),
+            workflow="turns",
+            workflow_hash=WorkflowHash("w"),
+            arrival_s=10.0 * number,
+            tasks=tuple(
+                Task(
+                    index=step,
+                    node=NodeId("n"),
+                    kind="llm",
+                    preds=(step - 1,) if step else (),
+                    site=SiteId("n#0"),
+                    prompt=(Segment(100 * number + 1, 400),),
+                    output_tokens=2,
+                    output_key=100 * number + 2 + step,
+                    delay_s=10.0 * count if step else 0.0,
+                    visit=step,
+                )
+                for step in range(2)
+            ),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("blocks", "least", "most"), [(1000, 1.0, 1.0), (110, 1.2, 2.0)])
+def test_the_ratio_to_belady_is_one_where_all_fits(blocks: int, least: float, most: float) -> None:
+    """Of six contexts of 25 blocks four fit: LRU, asked for them in turn, finds none of them."""
+    endpoint = Endpoint(
+        id=EndpointId("e"), model="m", gpu="G", latency=ROW, kv_blocks=blocks, max_num_seqs=1
+    )
+    fleet = Fleet(name="f", endpoints=(endpoint,))
+    specs = chains(6)
+    records = simulate(specs, fleet, make_policy("least_load"), Forecaster(EstimateTable()))
+    ratio = cost_ratio(specs, records, fleet)
+    assert ratio is not None
+    assert least <= ratio <= most
