@@ -129,13 +129,14 @@ class _Descent:
         self._ticks = timing.ticks[:, np.arange(len(instance.sites))[:, None], endpoints, levels]
 
     def improve(self, placements: Ints) -> int:
-        """Improve placements in place until no move or exchange does; return the latency."""
+        """Improve placements in place until no move or exchange does, or the effort is spent."""
         free = self._free(placements)
         site = np.arange(placements.shape[1])
         sums = np.stack([self._ticks[:, site, row].sum(axis=1) for row in placements])
         totals = self._timing.latency(sums)
-        while self._move(placements, sums, totals, free) or self._exchange(
-            placements, sums, totals, free
+        while self.spent < _EFFORT and (
+            self._move(placements, sums, totals, free)
+            or self._exchange(placements, sums, totals, free)
         ):
             pass
         self.spent += sums.size

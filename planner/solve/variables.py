@@ -59,6 +59,11 @@ class Variables:
         self._start: list[list[cp_model.IntVar]] = []
         self._warm: list[dict[tuple[int, int], cp_model.IntVar]] = []
         self._keep: list[dict[tuple[int, int], cp_model.IntVar]] = []
+        memory = instance.memory
+        cells = _cells(instance, self.contended)
+        self._may_warm = cells & (memory.prefix >= 0)[:, np.newaxis]
+        self._may_keep = cells & (memory.held_tokens > 0)[:, np.newaxis]
+        self._modes: list[tuple[Ints, list[cp_model.IntVar]]] = []
         for r in range(classes):
             uses = {}
             for k in range(sites):
@@ -72,22 +77,19 @@ class Variables:
                     for j in range(len(timing.joins))
                 ]
             )
-            cells = [(k, m) for k, m in _cells(instance, self.contended) if self._open[r, k, m]]
-            memory = instance.memory
-            self._warm.append(
-                {
-                    (k, m): model.new_bool_var(f"warm_{r}_{k}_{m}")
-                    for k, m in cells
-                    if memory.prefix[k] >= 0
-                }
+            self._modes.append(
+                (np.array(list(uses), dtype=np.int64).reshape(-1, 3), list(uses.values()))
             )
-            self._keep.append(
-                {
-                    (k, m): model.new_bool_var(f"keep_{r}_{k}_{m}")
-                    for k, m in cells
-                    if memory.held_tokens[k] > 0
-                }
-            )
+            for kept, may, name in (
+                (self._warm, self._may_warm, "warm"),
+                (self._keep, self._may_keep, "keep"),
+            ):
+                kept.append(
+                    {
+                        (k, m): model.new_bool_var(f"{name}_{r}_{k}_{m}")
+                        for k, m in np.argwhere(may & self._open[r]).tolist()
+                    }
+                )
         self._holds = {
             (int(i), p): model.new_bool_var(f"holds_{i}_{p}")
             for i in np.flatnonzero(self.contended)
@@ -168,13 +170,14 @@ class Variables:
             return np.tensordot(np.array(factors), ticks[list(chains)], axes=1)
 
         ticks, cold, lost = mixed(timing.ticks), mixed(timing.cold), mixed(timing.lost)
-        variables: list[cp_model.IntVar] = []
-        weights: list[int] = []
-        for (k, m, n), literal in self._use[r].items():
-            extra = cold[k, m] * ((k, m) in self._warm[r]) + lost[k, m] * ((k, m) in self._keep[r])
-            if weight := int(ticks[k, m, n] + extra):
-                variables.append(literal)
-                weights.append(weight)
+        keys, literals = self._modes[r]
+        values = ticks[tuple(keys.T)]
+        site, option = keys[:, 0], keys[:, 1]
+        for extra, asked in ((cold, self._may_warm), (lost, self._may_keep)):
+            values = values + extra[site, option] * asked[site, option]
+        chosen = np.flatnonzero(values)
+        variables = [literals[position] for position in chosen.tolist()]
+        weights = values[chosen].tolist()
         for saved, saves in ((self._warm[r], cold), (self._keep[r], lost)):
             for (k, m), literal in saved.items():
                 if saves[k, m]:
@@ -188,7 +191,6 @@ class Variables:
         return cp_model.LinearExpr.weighted_sum(variables, weights) + fixed
 
 
-def _cells(instance: Instance, tight: Bools) -> list[tuple[int, int]]:
-    """Return the (site, option) pairs whose KV is a question."""
-    asked = instance.allowed & tight[instance.option_endpoint] & instance.memory.whole
-    return [(int(k), int(m)) for k, m in np.argwhere(asked)]
+def _cells(instance: Instance, tight: Bools) -> Bools:
+    """Return the (site, option) pairs whose KV is a question; shape (K, M)."""
+    return instance.allowed & tight[instance.option_endpoint] & instance.memory.whole
