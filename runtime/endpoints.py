@@ -11,7 +11,7 @@ import aiohttp
 from yarl import URL
 
 from planner.domain.fleet import Endpoint
-from runtime.forwarding import EndpointBroken, EndpointUnreachable
+from runtime.links import EndpointBroken, EndpointUnreachable
 from runtime.timeouts import LearnedLimit
 
 __all__ = ["EndpointLink", "UpstreamAnswer"]
@@ -32,7 +32,7 @@ _KEPT_BACK = frozenset(
 
 
 class UpstreamAnswer:
-    """An answer on its way; see `runtime.forwarding.Upstream`."""
+    """An answer on its way; see `runtime.links.Upstream`."""
 
     __slots__ = ("_response", "headers", "status")
 

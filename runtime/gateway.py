@@ -44,8 +44,9 @@ from planner.domain.workflow import Workflow
 from runtime.control import Control
 from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
-from runtime.forwarding import ClientGone, Forwarder
+from runtime.forwarding import Forwarder
 from runtime.keys import bearer, same_key
+from runtime.links import ClientGone
 from runtime.openapi import openapi
 from runtime.prometheus import CONTENT_TYPE
 from runtime.state import Restored, StateFile
@@ -501,7 +502,7 @@ class Gateway:
 
 
 class _ClientStream:
-    """A streamed answer to one client; see `runtime.forwarding.Downstream`."""
+    """A streamed answer to one client; see `runtime.links.Downstream`."""
 
     __slots__ = ("_request", "_response")
 

@@ -18,7 +18,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from runtime.forwarding import ClientGone
+from runtime.links import ClientGone
 
 __all__ = ["Failure", "Head", "Item", "Pipe", "Server", "Transports", "transports"]
 
@@ -59,7 +59,7 @@ class Server(Protocol):
 
 
 class Pipe:
-    """The way of a streamed answer back to its client; see `runtime.forwarding.Downstream`."""
+    """The way of a streamed answer back to its client; see `runtime.links.Downstream`."""
 
     __slots__ = ("_deliver", "begun")
 

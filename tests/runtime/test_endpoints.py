@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from runtime.endpoints import EndpointLink
-from runtime.forwarding import EndpointBroken, EndpointUnreachable
+from runtime.links import EndpointBroken, EndpointUnreachable
 from runtime.transport import bind_problem, open_session
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -13,7 +13,8 @@ from planner.domain.fleet import Fleet
 from planner.domain.trace import CallRecord, RunRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.control import Control
-from runtime.forwarding import ClientGone, EndpointBroken, EndpointUnreachable, Forwarder
+from runtime.forwarding import Forwarder
+from runtime.links import ClientGone, EndpointBroken, EndpointUnreachable
 from runtime.wire import DONE, ApiError, sse
 
 PATH = "/v1/chat/completions"
