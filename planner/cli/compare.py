@@ -17,7 +17,7 @@ from planner.domain.run import RunSpec
 from planner.domain.trace import TraceRecord, save_trace
 from planner.metrics import RunMetrics, summarise
 from planner.report.results import PolicyResult, Results, SeedResult
-from planner.sim.experiment import Cell, PolicySetup, World, mean_latency_s, run_cell, tune
+from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune, tuning_score_s
 from planner.sim.horizon import ReplanLog
 
 __all__ = [
@@ -102,8 +102,8 @@ def _cells(
     ]
 
 
-def _mean(cell: Cell) -> float:
-    return mean_latency_s(run_cell(cell))
+def _score(cell: Cell) -> float:
+    return tuning_score_s(run_cell(cell))
 
 
 def tune_setups(
@@ -120,9 +120,9 @@ def tune_setups(
 
     def score(candidates: Sequence[PolicySetup]) -> list[float]:
         cells = _cells(candidates, workloads, world)
-        means = Parallel(n_jobs=jobs)(delayed(_mean)(cell) for cell in cells)
+        scores = Parallel(n_jobs=jobs)(delayed(_score)(cell) for cell in cells)
         size = len(workloads)
-        return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
+        return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
     return [setup if setup.parameters else tune(setup, score, progress) for setup in setups]
 

@@ -13,7 +13,7 @@ from planner.dispatch.events import Call
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
-from planner.graph.analysis import criticality
+from planner.graph.analysis import criticality, remaining_s
 from planner.graph.sampling import scenarios
 
 __all__ = ["Forecast", "Forecaster"]
@@ -43,10 +43,14 @@ class Forecast:
         Mean output length.
     criticality
         Probability of being on the run's critical path, [0, 1]; 1 for serial nodes.
+    remaining_s
+        Expected time from the call's start to the end of its run, on an endpoint of middling
+        speed without waiting; 0 if the workflow is unknown.
     """
 
     output_tokens: float
     criticality: float
+    remaining_s: float = 0.0
 
 
 class Forecaster:
@@ -73,12 +77,13 @@ class Forecaster:
         self.estimates = estimates
         self.workflows: dict[str, Workflow] = {}
         self._critical: dict[tuple[str, str], float] = {}
+        self._remaining: dict[tuple[str, str], float] = {}
         self._cache: dict[tuple[str, str], Forecast] = {}
         for workflow in workflows:
             self.add_workflow(workflow, seed=seed)
 
     def add_workflow(self, workflow: Workflow, *, seed: int = 0) -> None:
-        """Learn a graph's criticalities."""
+        """Learn a graph's criticalities and what remains after each site."""
         key = workflow.content_hash
         self.workflows[key] = workflow
         estimate = self.estimates.workflows.get(key, WorkflowEstimate())
@@ -86,6 +91,8 @@ class Forecaster:
         for site, value in criticality(runs, _durations).items():
             self._critical[(key, site)] = value
             self._cache.pop((key, site), None)
+        for site, seconds in remaining_s(runs, _durations).items():
+            self._remaining[(key, site)] = seconds
 
     def of(self, call: Call) -> Forecast:
         """Return the forecast of a call; a declared ``max_tokens`` caps it.
@@ -98,6 +105,7 @@ class Forecaster:
             forecast = Forecast(
                 output_tokens=max(1.0, self.estimates.site(*key).output_tokens.mean),
                 criticality=self._critical.get(key, 1.0),
+                remaining_s=self._remaining.get(key, 0.0),
             )
             self._cache[key] = forecast
         if call.hinted_tokens is not None:

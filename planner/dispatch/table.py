@@ -59,12 +59,17 @@ class Tuning:
         Weight of the delay imposed on others, >= 0.
     price_scale
         Multiplier of the opportunity prices, >= 0; 0 leaves the live marginal cost alone.
+    remaining_weight
+        Seconds of age that a second of a run's expected remainder takes away in engine queues,
+        >= 0; 0 serves the oldest run first, a large weight the one that is soonest over.
     plan_pull
-        Cost, in units of the call's least service time, of an endpoint the plan gives no share.
+        Cost, in units of the call's least service time, of an endpoint the plan gives no share;
+        for fleets whose plan is to be followed whatever the load.
     """
 
     theta: float = 1.0
     price_scale: float = 1.0
+    remaining_weight: float = 0.0
     plan_pull: float = 0.0
 
 

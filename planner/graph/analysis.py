@@ -19,6 +19,7 @@ __all__ = [
     "expected_visits",
     "finish_times",
     "reach_probability",
+    "remaining_s",
     "slacks",
     "upward_ranks",
 ]
@@ -79,6 +80,21 @@ def criticality(runs: Sequence[RunSpec], durations: Durations) -> dict[SiteId, f
                 seen[task.site] += 1
                 critical[task.site] += slack <= _ON_PATH_S
     return {site: critical[site] / count for site, count in sorted(seen.items())}
+
+
+def remaining_s(runs: Sequence[RunSpec], durations: Durations) -> dict[SiteId, float]:
+    """Return, per call site seen, the mean longest chain from its calls to the end of their run.
+
+    In seconds, the call itself included.
+    """
+    total: dict[SiteId, float] = {}
+    seen: Counter[SiteId] = Counter()
+    for run in runs:
+        for task, rank in zip(run.tasks, upward_ranks(run, durations(run)), strict=True):
+            if task.site is not None:
+                seen[task.site] += 1
+                total[task.site] = total.get(task.site, 0.0) + rank
+    return {site: total[site] / count for site, count in sorted(seen.items())}
 
 
 def expected_completion_s(runs: Sequence[RunSpec], durations: Durations) -> float:

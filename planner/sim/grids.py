@@ -63,9 +63,9 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
         ("least_runs", (20, 10, 40, 80)),
     ),
     "almanac": (
-        ("theta", (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
-        ("price_scale", (0.0, 0.25, 0.5, 1.0)),
-        ("plan_pull", (0.0, 0.05, 0.1, 0.3)),
+        ("theta", (1.0, 0.5, 0.75, 1.5)),
+        ("price_scale", (0.5, 0.0, 0.25, 1.0, 1.5)),
+        ("remaining_weight", (0.0, 0.5, 1.0, 1.5, 2.0)),
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,7 +43,7 @@ from planner.study.studies import Study
 
 __all__ = ["CODE_SCHEMA", "Outcome", "chosen_settings", "run_clairvoyant", "run_study"]
 
-CODE_SCHEMA = 1
+CODE_SCHEMA = 2
 """Raised when a change of the code makes earlier cells incomparable."""
 TUNING_SEED = 1000
 """Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
@@ -237,9 +238,9 @@ class _Runner:
                 for k in range(study.tuning_seeds)
             ]  # fmt: skip
             results = self.results(cells, f"tuning {setup.policy} in {setting.name}")
-            means = [_mean_s(result) for result in results]
+            scores = [_score_s(result) for result in results]
             size = study.tuning_seeds
-            return [sum(means[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
+            return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
         return tune(setup, score)
 
@@ -260,9 +261,12 @@ class _Runner:
         return [_read(job.file) for job in cells]
 
 
-def _mean_s(result: CellResult) -> float:
-    mean = result.metrics.mean_s
-    return float("inf") if mean is None else mean
+def _score_s(result: CellResult) -> float:
+    """Return what policies are tuned for, as `planner.sim.experiment.tuning_score_s` has it."""
+    metrics = result.metrics
+    if metrics.mean_s is None or metrics.p95_s is None:
+        return math.inf
+    return math.sqrt(metrics.mean_s * metrics.p95_s)
 
 
 def _span(seconds: float) -> str:

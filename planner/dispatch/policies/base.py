@@ -19,6 +19,7 @@ from planner.dispatch.cost import Cost, Costs, call_cost, fleet_costs
 from planner.dispatch.events import Call, Event
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.pairing import prefill_only
+from planner.dispatch.ranking import Ranking
 from planner.dispatch.view import Candidates, EndpointState, FleetView
 
 __all__ = [
@@ -52,6 +53,8 @@ class Choice:
     decode_endpoint
         Index of the endpoint to decode on, if ``endpoint`` only prefills; None lets
         `planner.dispatch.pairing` choose.
+    ranking
+        How the candidates were ranked, if by seconds, else None.
     """
 
     endpoint: int
@@ -59,6 +62,7 @@ class Choice:
     priority: int = 0
     cost: Cost | None = None
     decode_endpoint: int | None = None
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,9 @@ def least(scores: Sequence[float] | npt.NDArray[np.float64]) -> int:
     return int(np.asarray(scores).argmin())
 
 
-def age_priority(call: Call) -> int:
-    """Return the engine priority that serves older runs first: the run's arrival in ms."""
-    return int(call.run_arrival_s * 1000.0)
+def age_priority(call: Call, allowance_s: float = 0.0) -> int:
+    """Return the engine priority that serves older runs first: the run's arrival in ms.
+
+    A call with an allowance is served like one whose run came that much later.
+    """
+    return int((call.run_arrival_s + allowance_s) * 1000.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
 from planner.dispatch.policies.finish import LeastExpectedFinish
+from planner.dispatch.ranking import Ranking
 from planner.dispatch.table import DispatchTable
 from planner.dispatch.view import Candidates
 
@@ -11,15 +12,22 @@ __all__ = ["Planned"]
 
 
 class Planned:
-    """Least of own cost, imposed cost, opportunity price and distance from the plan.
+    """Least of own and imposed cost, the latter at the prices of the plan.
 
     For call c on endpoint i, with the row of c's site at the present load,
 
-        crit(c) own_i + theta imposed_i + price_i service_i + pull_i
+        crit(c) own_i + (theta + price_i) imposed_i + pull_i
 
-    own, imposed and service come from the live counters, price and pull from the table. Where the
-    table has no row (unknown workflow or site, load out of range, no table) the call goes by
-    least expected finish, and the reason says so.
+    own and imposed come from the live counters, price and pull from the table. A second by which
+    the residents of i are delayed is lost to their runs (theta), and it keeps slots of i from the
+    calls to come, which the plan values at price_i a slot second: the more an endpoint is wanted,
+    the less it is disturbed. Greedy rules see the residents only, never who comes next.
+
+    Engines that serve by priority take the call whose run is oldest, less an allowance for what
+    is expected to remain of it: of two runs of an age, the one that is sooner over goes first.
+
+    Where the table has no row (unknown workflow or site, load out of range, no table) the call
+    goes by least expected finish, and the reason says so.
 
     Parameters
     ----------
@@ -44,21 +52,31 @@ class Planned:
             row = table.find(call.workflow_hash, call.site, occupancy)
         if table is None or row is None:
             choice = self._fallback.choose(ready)
-            return Choice(choice.endpoint, "fallback", age_priority(call), choice.cost)
-        weight = ready.forecaster.of(call).criticality
+            return Choice(
+                choice.endpoint,
+                "fallback",
+                age_priority(call),
+                choice.cost,
+                ranking=choice.ranking,
+            )
+        forecast = ready.forecaster.of(call)
         costs = costs_of(ready)
-        scores = costs.weighted(weight, table.tuning.theta)
-        price, pull_s = row.price, row.pull_s if table.tuning.plan_pull else None
+        tuning = table.tuning
+        scores = costs.weighted(forecast.criticality, tuning.theta)
+        price, pull_s = row.price, row.pull_s if tuning.plan_pull else None
         if not candidates.whole:
             price = price[candidates.indices]
             pull_s = pull_s if pull_s is None else pull_s[candidates.indices]
-        scores += price * costs.service_s
+        scores += price * costs.imposed_s
         if pull_s is not None:
             scores += pull_s
         position = least(scores)
         return Choice(
             candidates[position].index,
             "plan",
-            priority=age_priority(call) if row.priority == "age" else 0,
+            priority=age_priority(call, tuning.remaining_weight * forecast.remaining_s)
+            if row.priority == "age"
+            else 0,
             cost=costs[position],
+            ranking=Ranking(candidates, scores, costs.own_s, position),
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.domain.ids import NodeId, RunId, WorkflowHash
+from planner.domain.blocks import Segment
+from planner.domain.ids import NodeId, RunId, SiteId, WorkflowHash
 from planner.domain.run import RunSpec, Task
 from planner.graph.analysis import (
     completion_s,
@@ -17,6 +19,7 @@ from planner.graph.analysis import (
     expected_visits,
     finish_times,
     reach_probability,
+    remaining_s,
     slacks,
     upward_ranks,
 )
@@ -46,6 +49,17 @@ def test_diamond_by_hand() -> None:
     assert upward_ranks(diamond(), durations) == [7.0, 3.0, 6.0, 1.0]
     assert slacks(diamond(), durations) == [0.0, 3.0, 0.0, 0.0]
     assert completion_s(diamond(), durations) == 7.0
+
+
+def test_what_remains_is_the_mean_longest_chain_to_the_end() -> None:
+    """A call met with 7 s, and in a shorter run with 4 s, to go has 5.5 s to go on average."""
+    site = SiteId("a#0")
+    first = Task(
+        index=0, node=NodeId("a"), kind="llm", site=site, prompt=(Segment(1, 10),), output_tokens=1
+    )
+    long = replace(diamond(), tasks=(first, *diamond().tasks[1:]))
+    runs = [long, replace(long, tasks=(first, *diamond().tasks[1:2]))]
+    assert remaining_s(runs, lambda run: (1.0, 3.0, 5.0, 1.0)[: len(run.tasks)]) == {site: 5.5}
 
 
 @settings(max_examples=40, deadline=None)
