@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 KEPT_BACK = frozenset(
     {
-        "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+        "accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive",
         "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "x-request-id",
     }
 )  # fmt: skip
@@ -546,6 +546,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error_response(request, ApiError(400, str(error)))
     except RecursionError:
         return _error_response(request, ApiError(400, "The body is nested too deeply."))
+    except web.RequestPayloadError:
+        return _error_response(request, ApiError(400, "The body is not encoded as it says."))
     except web.HTTPException as error:
         return _error_response(request, ApiError(error.status, error.reason))
     except Exception:  # noqa: BLE001 - the last resort; the log has the traceback

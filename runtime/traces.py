@@ -50,9 +50,9 @@ class TraceWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             last_s = _last_time(path)
             self._file: BinaryIO = path.open("ab")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
             raise InvalidInput(
-                f"cannot write the trace: {error.strerror}",
+                f"cannot write the trace: {getattr(error, 'strerror', None) or error}",
                 where=str(path),
                 remedy="choose another path",
             ) from error

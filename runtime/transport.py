@@ -100,6 +100,18 @@ def speak_openai(runner: web.AppRunner) -> None:
     server = runner.server
     assert server is not None  # noqa: S101 - documented
     server.__class__ = _Server  # the application makes it itself, and offers no other way
+    application = server.request_handler
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        # The application would answer it before any of its middlewares is asked.
+        if request.headers.get("Expect", "100-continue").lower() != "100-continue":
+            error = ApiError(417, "Of Expect, only 100-continue is understood.")
+            return web.Response(
+                status=error.status, body=error.body, content_type="application/json"
+            )
+        return await application(request)
+
+    server.request_handler = handle
 
 
 def bind_problem(error: OSError) -> str:

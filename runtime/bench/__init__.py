@@ -1,0 +1,1 @@
+"""Measurements of the gateway on this machine; `almanac bench-runtime` prints them."""
