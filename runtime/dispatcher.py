@@ -30,7 +30,7 @@ from planner.dispatch.events import (
     Send,
     Tick,
 )
-from planner.dispatch.router import Router
+from planner.dispatch.router import Router, elsewhere
 from planner.domain.errors import NoEndpointAvailable
 from planner.domain.trace import CallRecord
 from runtime.clock import Clock
@@ -170,6 +170,7 @@ class Ticket:
                 predicted_output_tokens=send.predicted_output_tokens,
                 in_flight=send.in_flight,
                 decision_us=self.decision_us,
+                **elsewhere(send, dispatcher.router.fleet),
             )
         )
 

@@ -7,7 +7,9 @@ clock; the router reads no clock of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from planner.dispatch.ranking import Ranking
 
 __all__ = [
     "BranchTaken",
@@ -251,6 +253,9 @@ class Send:
     decode_endpoint
         Index of the endpoint that takes over after the prefill, or None if ``endpoint`` serves
         the call whole.
+    ranking
+        How the policy ranked the candidates, where it scores them in seconds and one endpoint
+        serves the call whole; says why, and is no part of the command.
     """
 
     call_id: str
@@ -262,6 +267,7 @@ class Send:
     cached_tokens: int
     in_flight: int
     decode_endpoint: int | None = None
+    ranking: Ranking | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

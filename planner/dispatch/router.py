@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import TypedDict
 
 from planner.dispatch.events import (
     BranchTaken,
@@ -57,7 +58,7 @@ from planner.dispatch.view import EndpointState, FleetView, Resident
 from planner.domain.errors import IllegalEvent
 from planner.domain.fleet import Fleet
 
-__all__ = ["TRANSITIONS", "CallState", "Router"]
+__all__ = ["TRANSITIONS", "CallState", "Elsewhere", "Router", "elsewhere"]
 
 Order = Callable[[Sequence[Call], FleetView, float], Iterable[Call]]
 
@@ -82,6 +83,26 @@ TRANSITIONS: Mapping[tuple[CallState, type], CallState | None] = {
     (CallState.STREAMING, CallCancelled): None,
 }
 """(state, event) -> next state; None means the call is gone."""
+
+
+class Elsewhere(TypedDict, total=False):
+    """The fields of a `CallRecord` that tell of the runner-up."""
+
+    runner_up: str
+    runner_up_finish_s: float
+    runner_up_excess_s: float
+
+
+def elsewhere(send: Send, fleet: Fleet) -> Elsewhere:
+    """Return what a call's record says of the endpoint it nearly went to, if that is known."""
+    other = None if send.ranking is None else send.ranking.runner_up()
+    if other is None:
+        return {}
+    return {
+        "runner_up": fleet.endpoints[other.endpoint].id,
+        "runner_up_finish_s": send.predicted_finish_s + other.later_s,
+        "runner_up_excess_s": other.excess_s,
+    }
 
 
 def _tokens(call: Call) -> int:
@@ -256,6 +277,7 @@ class Router:
             cached_tokens=cost.cached_tokens,
             in_flight=state.in_flight,
             decode_endpoint=None if decode is None else decode.index,
+            ranking=choice.ranking if decode is None else None,
         )
         uncached = float(call.prompt_tokens - cost.cached_tokens)
         if decode is None:

@@ -99,6 +99,10 @@ class CallRecord:
         Time the decision took, microseconds.
     prefill_endpoint
         Where the prompt was computed, if not on ``endpoint``, which then only decoded.
+    runner_up, runner_up_finish_s, runner_up_excess_s
+        The best other endpoint at dispatch, when the call was predicted to finish there, and by how
+        many of the policy's seconds it scored worse; None where the policy does not score in
+        seconds, or there was no other.
     """
 
     run_id: str
@@ -126,6 +130,9 @@ class CallRecord:
     in_flight: int = 0
     decision_us: float | None = None
     prefill_endpoint: str | None = None
+    runner_up: str | None = None
+    runner_up_finish_s: float | None = None
+    runner_up_excess_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

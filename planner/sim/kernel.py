@@ -47,7 +47,7 @@ from planner.dispatch.events import (
 )
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies.base import Observing, Policy
-from planner.dispatch.router import Router
+from planner.dispatch.router import Router, elsewhere
 from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
 from planner.domain.errors import InvalidInput, NoEndpointAvailable
 from planner.domain.fleet import Fleet
@@ -544,6 +544,7 @@ class _Simulation:
                 predicted_output_tokens=send.predicted_output_tokens,
                 in_flight=send.in_flight,
                 decision_us=flight.decision_us,
+                **elsewhere(send, self.fleet),
                 prefill_endpoint=None
                 if send.decode_endpoint is None
                 else endpoints[send.endpoint].id,

@@ -9,7 +9,7 @@ policy sees to it that nothing waits for ever.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -54,7 +54,7 @@ class Choice:
         Index of the endpoint to decode on, if ``endpoint`` only prefills; None lets
         `planner.dispatch.pairing` choose.
     ranking
-        How the candidates were ranked, if by seconds, else None.
+        How the candidates were ranked, if by seconds, else None; no part of the answer.
     """
 
     endpoint: int
@@ -62,7 +62,7 @@ class Choice:
     priority: int = 0
     cost: Cost | None = None
     decode_endpoint: int | None = None
-    ranking: Ranking | None = None
+    ranking: Ranking | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
+from planner.dispatch.ranking import Ranking
 
 __all__ = ["LeastExpectedFinish", "MarginalCost"]
 
@@ -15,8 +16,14 @@ class LeastExpectedFinish:
     def choose(self, ready: Ready) -> Choice:
         """Return the candidate with the least expected finish."""
         costs = costs_of(ready)
-        position = least(costs.own_s)
-        return Choice(ready.candidates[position].index, "finish", cost=costs[position])
+        scores = costs.own_s
+        position = least(scores)
+        return Choice(
+            ready.candidates[position].index,
+            "finish",
+            cost=costs[position],
+            ranking=Ranking(ready.candidates, scores, scores, position),
+        )
 
 
 class MarginalCost:
@@ -40,10 +47,12 @@ class MarginalCost:
         """Return the candidate that costs all runs together least."""
         weight = ready.forecaster.of(ready.call).criticality
         costs = costs_of(ready)
-        position = least(costs.weighted(weight, self.theta))
+        scores = costs.weighted(weight, self.theta)
+        position = least(scores)
         return Choice(
             ready.candidates[position].index,
             "cost",
             priority=age_priority(ready.call) if self.age_order else 0,
             cost=costs[position],
+            ranking=Ranking(ready.candidates, scores, costs.own_s, position),
         )
