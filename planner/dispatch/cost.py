@@ -223,7 +223,7 @@ def fleet_costs(
 ) -> Costs:
     """Return the costs of a call on all endpoints of a fleet, in fleet order.
 
-    The same as `call_cost` for each, in a handful of array operations.
+    The same as `call_cost` for each, ``prefilled`` too, in a handful of array operations.
     """
     loads = view.loads
     loads.advance(now_s)
@@ -231,11 +231,14 @@ def fleet_costs(
     context = prompt_tokens + 0.5 * output
     # What all hold is part of the features; what only some hold is taken off afterwards.
     most = max(0, prompt_tokens - 1)
-    matches = () if prefilled else view.matches(prefix)
-    levels = [(min(most, int(depth * prefix_tokens)), who) for depth, who in matches]
-    common = levels.pop(0)[0] if levels and levels[0][1] == view.everyone else 0
-    if prefilled:
-        common = most
+    levels: list[tuple[int, int]] = []
+    common = most if prefilled else 0
+    if not prefilled:
+        levels = [
+            (min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)
+        ]
+        if levels and levels[0][1] == view.everyone:
+            common = levels.pop(0)[0]
     tokens = float(prompt_tokens - common)
     square = tokens * (prompt_tokens + common)
 

@@ -119,6 +119,8 @@ class Astraea(QueuedPolicy):
     def ended(self, ended: Ended, now_s: float) -> None:  # noqa: ARG002 - the signature
         """Demote or promote the run whose segment is over."""
         run_id = ended.call.run_id
+        if not run_id:
+            return  # a run of its own, over with it
         cost = float(ended.output_tokens)
         if self.count_prefill:
             cost += ended.call.prompt_tokens

@@ -166,12 +166,20 @@ class HexAGenT(QueuedPolicy):
     def ended(self, ended: Ended, now_s: float) -> None:  # noqa: ARG002 - the signature
         """Put a real length into the horizon."""
         call = ended.call
+        if not call.run_id:  # a run of its own, over with it
+            self._horizons.pop(call.call_id, None)
+            self._revealed.pop(call.call_id, None)
         horizon = self._horizons.get(call.run_id)
         if horizon is not None and self.fleet is not None:
             tokens = max(1, ended.output_tokens)
             horizon.correct(
                 call, service_s(call.prompt_tokens, tokens, self.fleet.states, call.model)
             )
+
+    @property
+    def tracked(self) -> int:
+        """Runs whose horizon is kept."""
+        return len(self._horizons.keys() | self._revealed.keys())
 
     def horizon_s(self, run: RunProgress, forecaster: Forecaster, fleet: FleetView) -> float:
         """Return the standalone completion of the revealed part of a run, s."""

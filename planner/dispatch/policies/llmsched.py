@@ -114,7 +114,7 @@ class LlmSched(QueuedPolicy):
     def ended(self, ended: Ended, now_s: float) -> None:  # noqa: ARG002 - the signature
         """Note how much work a call has been."""
         call = ended.call
-        if self.fleet is not None:
+        if self.fleet is not None and call.run_id:
             tokens = max(1, ended.output_tokens)
             seconds = service_s(call.prompt_tokens, tokens, self.fleet.states, call.model)
             self._over(call.run_id, stage_of(call), seconds)
@@ -140,10 +140,13 @@ class LlmSched(QueuedPolicy):
     def belief(self, call: Call) -> Posterior | None:
         """Return what is believed of a call's run, or None without a profile."""
         run_id = call.run_id
-        if run_id not in self._beliefs:
+        if not run_id or run_id not in self._beliefs:
             profile = self._profiles.get(call.workflow_hash)
             network = None if profile is None else profile.network
-            self._beliefs[run_id] = None if network is None else self._posterior(call, network)
+            found = None if network is None else self._posterior(call, network)
+            if not run_id:
+                return found
+            self._beliefs[run_id] = found
         return self._beliefs[run_id]
 
     def _posterior(self, call: Call, network: StageNetwork) -> Posterior:

@@ -40,7 +40,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.dispatch.events import Call, CallArrived, Event, RunEnded
+from planner.dispatch.events import Call, CallArrived, CallCancelled, Event, RunEnded
 from planner.dispatch.policies.aeg import ExecutionGraph, Step
 from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.gaps import Gaps
@@ -157,6 +157,8 @@ class Saga(QueuedPolicy):
             if run is not None:
                 self._learn(run, fleet)
         super().observe(event, fleet)
+        if isinstance(event, CallCancelled):
+            self._target.pop(event.call_id, None)
         if isinstance(event, CallArrived):
             self.gaps.arrived(event.call, self.runs.of(event.call))
         if self.wa_lru:

@@ -4,8 +4,12 @@ import inspect
 
 import pytest
 
-from planner.dispatch.forecast import Forecaster
+from planner.dispatch.cost import call_cost, fleet_costs
+from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.policies import POLICIES, make_policy
+from planner.dispatch.policies.hexagent import HexAGenT
+from planner.dispatch.policies.queued import QueuedPolicy
+from planner.dispatch.view import FleetView
 from planner.domain.blocks import Segment
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
@@ -15,7 +19,7 @@ from planner.domain.trace import RunRecord
 from planner.sim.companions import companions_of
 from planner.sim.kernel import simulate
 
-from .bench import endpoint, fleet
+from .bench import arrive, busy, endpoint, finish, fleet, router, states
 
 WHOLE = fleet(*(endpoint(f"e{n}", speed=1.0 + n, slots=2, kv_blocks=120) for n in range(3)))
 POOLS = fleet(
@@ -79,3 +83,34 @@ def test_parameters_are_numbers_with_defaults(name: str) -> None:
     parameters = inspect.signature(POLICIES[name]).parameters
     for key, parameter in parameters.items():
         assert key == "table" or isinstance(parameter.default, int | float)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_calls_without_identity_are_served_and_forgotten(name: str) -> None:
+    """A client that says nothing of runs is served like others, and leaves nothing behind."""
+    policy = make_policy(name, seed=1)
+    desk = router(policy, endpoint("e0", slots=2))
+    waiting: list[str] = []
+    for number in range(8):
+        waiting += arrive(desk, f"c{number}", float(number), run_id="")
+    for now_s in range(20, 40):
+        if waiting:
+            waiting += finish(desk, waiting.pop(0).partition("@")[0], float(now_s))
+    assert (desk.in_flight, desk.held) == (0, 0)
+    if isinstance(policy, QueuedPolicy):
+        assert policy.runs.all() == []
+    if isinstance(policy, HexAGenT):
+        assert policy.tracked == 0
+
+
+def test_decode_costs_of_a_fleet_are_those_of_each_endpoint() -> None:
+    """`fleet_costs` and `call_cost` agree on a prompt that was computed elsewhere."""
+    found = states(endpoint("a", slots=2), endpoint("b", speed=2.0, slots=2))
+    view = FleetView(found)
+    busy(found[0], 3)
+    forecast = Forecast(output_tokens=50.0, criticality=1.0)
+    both = fleet_costs(900, (), 16.0, forecast, view, 0.0, prefilled=True)
+    for state in found:
+        alone = call_cost(900, (), 16.0, forecast, state, 0.0, prefilled=True)
+        assert both[state.index].own_s == pytest.approx(alone.own_s)
+        assert both[state.index].service_s == pytest.approx(alone.service_s)
