@@ -556,11 +556,11 @@ class Control:
         """Apply lifecycle events; return how many were understood. The others are counted."""
         taken = 0
         for event in events:
-            kind = event.get("type") if isinstance(event, dict) else None
+            kind = _text(event, "type") if isinstance(event, dict) else ""
             understood = kind in _EVENTS and self._take(kind, event, tenant)
             taken += understood
             self.metrics.events.inc(
-                str(kind) if kind in _EVENTS else "unknown", str(understood).lower()
+                kind if kind in _EVENTS else "unknown", str(understood).lower()
             )
         return taken
 

@@ -60,8 +60,9 @@ _log = logging.getLogger(__name__)
 INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 KEPT_BACK = frozenset(
     {
-        "accept-encoding", "connection", "content-encoding", "content-length", "expect", "host", "keep-alive",
-        "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "x-request-id",
+        "accept-encoding", "connection", "content-encoding", "content-length", "expect", "host",
+        "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
+        "x-request-id",
     }
 )  # fmt: skip
 """Request headers that end at the gateway."""
@@ -147,6 +148,7 @@ class Gateway:
                 handler_cancellation=True,  # a client that leaves cancels its attempt
                 access_log=None,
                 shutdown_timeout=self.control.config.drain_s,
+                lingering_time=2.0,  # for the rest of a body that nobody wants
                 # The middleware refuses politely what is larger than allowed; this is the most
                 # the parser takes in at all.
                 max_field_size=most_parsed,

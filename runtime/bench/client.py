@@ -1,4 +1,4 @@
-"""A client that costs as little as a client in Python can: one keep-alive connection, no library."""
+"""A client that costs little: one keep-alive connection, no library."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -36,9 +37,10 @@ _EXTRA = (
     "unheard_of",
 )  # fmt: skip
 _NAMES = (
-    b"x-request-id", b"x-session-id", b"x-almanac-visit", b"x-almanac-priority", b"x-almanac-run-id",
-    b"x-almanac-deadline-s", b"traceparent", b"content-type", b"accept-encoding", b"x-other",
-    b"authorization", b"transfer-encoding", b"content-encoding", b"expect",
+    b"x-request-id", b"x-session-id", b"x-almanac-visit", b"x-almanac-priority",
+    b"x-almanac-run-id", b"x-almanac-deadline-s", b"traceparent", b"content-type",
+    b"accept-encoding", b"x-other", b"authorization", b"transfer-encoding", b"content-encoding",
+    b"expect",
 )  # fmt: skip
 _VALUES = (
     b"", b"\xff\xfe", b"\xc3\xa9\xff", b"9" * 400, b"-1", b"1e999", b"Bearer \xff", b"00-\xff",
@@ -149,8 +151,7 @@ def _probe(
             payload |= {"model": "m", "max_tokens": 2}
         for _ in range(rng.choice((0, 0, 1, 1, 2))):
             plain = False
-            place = rng.choice((*payload, *_EXTRA))
-            payload[place] = rng.choice(_ODD)
+            _spoil(payload, rng)
         body = json.dumps(payload).encode()
     if rng.random() < 0.2:
         plain, body = False, rng.choice(_RAW)
@@ -170,6 +171,18 @@ def _probe(
         known=known,
         plain=plain,
     )
+
+
+def _spoil(value: Any, rng: random.Random) -> None:
+    """Put something odd into an object, at its top or inside."""
+    while True:
+        places: Sequence[Any] = range(len(value)) if isinstance(value, list) else (*value, *_EXTRA)
+        place = rng.choice(places)
+        inner = value[place] if isinstance(value, list) else value.get(place)
+        if not (isinstance(inner, (dict, list)) and inner) or rng.random() < 0.3:
+            value[place] = deepcopy(rng.choice(_ODD))
+            return
+        value = inner
 
 
 def _value(schema: Mapping[str, Any], rng: random.Random) -> Any:
@@ -192,7 +205,7 @@ def _value(schema: Mapping[str, Any], rng: random.Random) -> Any:
         "boolean": lambda: rng.random() < 0.5,
     }
     kind = schema.get("type")
-    return rng.choice(_ODD) if kind is None else make[kind]()
+    return deepcopy(rng.choice(_ODD)) if kind is None else make[kind]()
 
 
 async def fuzz(
@@ -258,9 +271,8 @@ def _judge(probe: Probe, answer: bytes, findings: Findings) -> None:
     findings.statuses[status] += 1
     if status == 500:
         found("server_error", f"{body[:200]!r}")
-    elif status >= 400 and probe.method != "HEAD":
-        if problem := _form(head, body, status):
-            found("form", problem)
+    elif status >= 400 and probe.method != "HEAD" and (problem := _form(head, body, status)):
+        found("form", problem)
     if probe.known and status not in probe.known and (probe.plain or status not in _USUAL):
         found("undocumented", f"{status} {body[:120]!r}")
 
