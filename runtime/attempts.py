@@ -9,7 +9,7 @@ Rules
   none was tried; a call that fails everywhere may be at fault itself.
 * Where hedging is on, a late call is sent to a second endpoint; the first to answer is passed on,
   the other attempt cancelled.
-* Each attempt is a call of its own for the router, and its ticket is settled whatever happens.
+* Each attempt is a call of its own for the router, and its seat is settled whatever happens.
 """
 
 from __future__ import annotations
@@ -19,18 +19,14 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from planner.dispatch.events import Call
-from planner.domain.errors import NoEndpointAvailable
-from runtime.control import Control
-from runtime.dispatcher import Ticket
+from runtime.desk import Case, Desk, Seat
 from runtime.fingerprint import Prompt
 from runtime.guard import Patience
 from runtime.links import Answer, EndpointBroken, EndpointUnreachable, Link, Upstream
 from runtime.timeouts import Watch
-from runtime.tracing import SpanLike
 from runtime.wire import ApiError, SseTap, with_fields
 
 __all__ = ["Attempts", "Begun", "Request"]
@@ -64,10 +60,6 @@ class Request:
         Whether a complete stream ends with ``[DONE]``.
     started
         Arrival, ``time.perf_counter`` seconds.
-    head_start_s
-        Seconds that the client's hints put it ahead of others of its age.
-    span
-        Of the whole call, if it is traced.
     """
 
     path: str
@@ -81,8 +73,6 @@ class Request:
     adds_usage: bool
     has_done: bool
     started: float
-    head_start_s: float = 0.0
-    span: SpanLike | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,10 +80,10 @@ class Begun:
     """An attempt whose first byte is here: nothing is tried again any more.
 
     A whole answer has ``answer``; a stream has ``chunks``, a ``tap`` and its first ``events``.
-    ``held`` gives back the connection and the ticket.
+    ``held`` gives back the connection and the seat.
     """
 
-    ticket: Ticket
+    seat: Seat
     status: int
     headers: Mapping[str, str]
     patience: Patience
@@ -135,18 +125,14 @@ class Attempts:
 
     Parameters
     ----------
-    control
-        Decides and records.
+    desk
+        Keeps count.
+    case
+        The call, which is placed by it.
     links
         One per endpoint, in fleet order.
     request
         What is sent.
-    call
-        The same as the router knows it.
-    client_attempt
-        Which attempt of the client's own this call is, >= 0.
-    waited_s
-        Wall seconds it waited to be admitted, for metrics.
 
     Attributes
     ----------
@@ -154,23 +140,12 @@ class Attempts:
         Attempts made so far.
     """
 
-    def __init__(
-        self,
-        control: Control,
-        links: Sequence[Link],
-        request: Request,
-        call: Call,
-        *,
-        client_attempt: int,
-        waited_s: float,
-    ) -> None:
+    def __init__(self, desk: Desk, case: Case, links: Sequence[Link], request: Request) -> None:
         self.sent = 0
-        self._control = control
+        self._desk = desk
+        self._case = case
         self._links = links
         self._request = request
-        self._call = call
-        self._client_attempt = client_attempt
-        self._waited_s = waited_s
         self._exclude: frozenset[int] = frozenset()
         self._tried: set[int] = set()
         self._suspects: list[_Failed] = []
@@ -184,27 +159,18 @@ class Attempts:
         ApiError
             If no endpoint answered.
         """
-        control = self._control
+        desk, case = self._desk, self._case
         while True:
-            try:
-                ticket = await self._place()
-            except NoEndpointAvailable as error:
-                raise ApiError(
-                    503,
-                    f"{error}. Try again later.",
-                    retry_after_s=control.retry_after_s(self._call.model),
-                    reason="no_endpoint",
-                ) from error
-            begun = await self._start(ticket)
+            begun = await self._start(await self._place())
             if begun is not None:
                 for suspect in self._suspects:
                     # Another endpoint could do it, so it was not the call's fault.
-                    control.endpoint_failed(suspect.index, suspect.reason)
+                    desk.endpoint_failed(suspect.index, suspect.reason)
                 return begun
             failed = self._last
             assert failed is not None  # noqa: S101 - nothing began, so something failed
-            elsewhere = control.others(self._call, self._exclude)
-            again = self.sent <= control.config.retries
+            elsewhere = case.others(self._exclude)
+            again = self.sent <= desk.config.retries
             if failed.answer is not None and not (again and elsewhere):
                 self._suspect()
                 return failed.answer
@@ -216,69 +182,57 @@ class Attempts:
             if not elsewhere:
                 # All have failed: go by health alone, and wait if nothing is up.
                 self._exclude = frozenset()
-            control.metrics.retries.inc(control.fleet.endpoints[failed.index].id, failed.kind)
+            desk.metrics.retries.inc(desk.endpoints[failed.index].id, failed.kind)
 
     def _suspect(self) -> None:
         """Hold answers of 5xx against endpoints, as far as the call itself is not to blame."""
         for failed in self._suspects:
             if len(self._tried) > 1:
                 # It failed everywhere: only a bad endpoint does so more often than its peers.
-                self._control.endpoint_refused(failed.index)
-            elif self._control.others(self._call, frozenset({failed.index})):
+                self._desk.endpoint_refused(failed.index)
+            elif self._case.others(frozenset({failed.index})):
                 # It was tried nowhere else though it could have been.
-                self._control.endpoint_failed(failed.index, failed.reason)
+                self._desk.endpoint_failed(failed.index, failed.reason)
 
-    async def _place(self) -> Ticket:
-        """Return a ticket for the next attempt."""
+    async def _place(self) -> Seat:
+        """Return a seat for the next attempt."""
         began = time.perf_counter()
-        ticket = await self._ticket(self._exclude)
+        seat = await self._seat(self._exclude)
         if self.sent == 1:
-            metrics = self._control.metrics
-            metrics.queue_wait.observe(self._waited_s + time.perf_counter() - began)
-            reading_s = began - self._request.started - self._waited_s
-            metrics.overhead.observe(reading_s + ticket.decision_us * 1e-6)
-        return ticket
+            metrics, waited_s = self._desk.metrics, self._case.waited_s
+            metrics.queue_wait.observe(waited_s + time.perf_counter() - began)
+            reading_s = began - self._request.started - waited_s
+            metrics.overhead.observe(reading_s + seat.decision_us * 1e-6)
+        return seat
 
-    async def _ticket(self, exclude: frozenset[int]) -> Ticket:
-        call, attempt = self._call, self.sent
+    async def _seat(self, exclude: frozenset[int]) -> Seat:
+        attempt = self.sent
         self.sent += 1
-        # The router knows each attempt as a call of its own.
-        tried = call if attempt == 0 else replace(call, call_id=f"{call.call_id}.{attempt}")
-        return await self._control.place(tried, exclude, self._client_attempt + attempt)
+        return await self._case.place(exclude, attempt)
 
-    async def _start(self, ticket: Ticket) -> Begun | None:
+    async def _start(self, seat: Seat) -> Begun | None:
         """Return what began of an attempt or of its hedge, or None if both failed."""
-        control = self._control
         with contextlib.ExitStack() as held:
-            held.enter_context(ticket)
-            patience = control.patience(
-                ticket,
-                streams=self._request.stream,
-                attempt=self.sent - 1,
-                exclude=self._exclude,
-            )
-            if self._request.stream and control.guard.hedges.share:
-                begun = await self._hedged(ticket, patience)
+            held.enter_context(seat)
+            patience = self._case.patience(seat, attempt=self.sent - 1, exclude=self._exclude)
+            if self._request.stream and self._desk.hedges.share:
+                begun = await self._hedged(seat, patience)
             else:
-                begun = await self._open(ticket, patience)
-            if begun is not None and begun.ticket is ticket:
+                begun = await self._open(seat, patience)
+            if begun is not None and begun.seat is seat:
                 held.pop_all()  # what began settles it
         return begun
 
-    async def _hedged(self, ticket: Ticket, patience: Patience) -> Begun | None:
+    async def _hedged(self, seat: Seat, patience: Patience) -> Begun | None:
         """Send an attempt, and once it is late a second one to another endpoint."""
-        control = self._control
-        first = asyncio.create_task(self._open(ticket, patience))
+        desk = self._desk
+        first = asyncio.create_task(self._open(seat, patience))
         tasks = [first]
         begun: Begun | None = None
         try:
             await asyncio.wait(tasks, timeout=patience.hedge_s)
-            beyond = self._exclude | {ticket.send.endpoint}
-            if (
-                not first.done()
-                and control.others(self._call, beyond)
-                and control.guard.hedges.spend()
-            ):
+            beyond = self._exclude | {seat.send.endpoint}
+            if not first.done() and self._case.others(beyond) and desk.hedges.spend():
                 tasks.append(asyncio.create_task(self._hedge(beyond)))
             winner = await _first_of(tasks)
             await _call_off(tasks, winner)
@@ -287,63 +241,43 @@ class Attempts:
             if begun is None:  # also where the client left in between
                 await asyncio.shield(_call_off(tasks, None))
         if len(tasks) > 1:
-            won = begun is not None and begun.ticket is not ticket
-            control.metrics.hedges.inc("won" if won else "lost")
+            won = begun is not None and begun.seat is not seat
+            desk.metrics.hedges.inc("won" if won else "lost")
         return begun
 
     async def _hedge(self, exclude: frozenset[int]) -> Begun | None:
         """Send a late call to another endpoint, too."""
         attempt = self.sent
         try:
-            ticket = await self._ticket(exclude)
-        except NoEndpointAvailable:
+            seat = await self._seat(exclude)
+        except ApiError:
             return None
         with contextlib.ExitStack() as held:
-            held.enter_context(ticket)
-            patience = self._control.patience(
-                ticket, streams=True, attempt=attempt, exclude=exclude
-            )
-            begun = await self._open(ticket, patience)
+            held.enter_context(seat)
+            patience = self._case.patience(seat, attempt=attempt, exclude=exclude)
+            begun = await self._open(seat, patience)
             if begun is not None:
                 held.pop_all()
             return begun
 
-    async def _open(self, ticket: Ticket, patience: Patience) -> Begun | None:
+    async def _open(self, seat: Seat, patience: Patience) -> Begun | None:
         """Send an attempt and wait for its first byte; None if it failed, which is noted."""
         async with contextlib.AsyncExitStack() as held:
-            if self._request.span is not None:
-                held.callback(self._span(ticket, self._request.span).end)
-            held.enter_context(ticket)
-            outcome = await self._first(ticket, patience, held)
+            if (span := self._case.span(seat)) is not None:
+                held.callback(span.end)
+            held.enter_context(seat)
+            outcome = await self._first(seat, patience, held)
             if isinstance(outcome, Begun):
                 if outcome.status < 400:  # a refused request says nothing of how long others take
                     patience.begun()
                 outcome.held = held.pop_all()
                 return outcome
-        self._note(outcome, ticket.call.call_id)
+        self._note(outcome, seat.call_id)
         return None
 
-    def _span(self, ticket: Ticket, parent: SpanLike) -> SpanLike:
-        """Return a span for an attempt: what was decided, and what was forecast."""
-        control, send = self._control, ticket.send
-        return control.tracing.start(
-            "attempt",
-            {
-                "endpoint": control.fleet.endpoints[send.endpoint].id,
-                "policy": control.router.policy.name,
-                "reason": send.reason,
-                "plan": control.table_version,
-                "prompt_tokens": ticket.call.prompt_tokens,
-                "cached_tokens": send.cached_tokens,
-                "predicted_output_tokens": send.predicted_output_tokens,
-                "router_us": ticket.decision_us,
-            },
-            parent=parent,
-        )
-
     def _note(self, failed: _Failed, call_id: str) -> None:
-        control = self._control
-        endpoint_id = control.fleet.endpoints[failed.index].id
+        desk = self._desk
+        endpoint_id = desk.endpoints[failed.index].id
         _log.info(
             "attempt failed",
             extra={"call": call_id, "endpoint": endpoint_id, "reason": failed.reason},
@@ -352,56 +286,54 @@ class Attempts:
         self._exclude |= {failed.index}
         self._tried.add(failed.index)
         if failed.kind == "http_503":
-            control.endpoint_refused(failed.index)  # one that is full is not broken
+            desk.endpoint_refused(failed.index)  # one that is full is not broken
         elif failed.answer is None:
-            control.endpoint_failed(
-                failed.index, failed.reason, unreachable=failed.kind == "connect"
-            )
+            desk.endpoint_failed(failed.index, failed.reason, unreachable=failed.kind == "connect")
         elif failed.answer.status >= 500:
             self._suspects.append(failed)
 
     async def _first(
-        self, ticket: Ticket, patience: Patience, held: contextlib.AsyncExitStack
+        self, seat: Seat, patience: Patience, held: contextlib.AsyncExitStack
     ) -> Begun | _Failed:
         """Send an attempt and wait for its first byte, within its time limit."""
-        index = ticket.send.endpoint
+        index = seat.send.endpoint
         try:
             async with Watch(patience.first_left_s):
-                return await self._exchange(ticket, patience, held)
+                return await self._exchange(seat, patience, held)
         except EndpointUnreachable as error:
-            ticket.fail("connect")
+            seat.fail("connect")
             return _Failed(index=index, kind="connect", detail=str(error))
         except EndpointBroken as error:
-            ticket.fail("broken")
+            seat.fail("broken")
             return _Failed(index=index, kind="broken", detail=str(error))
         except TimeoutError:
-            ticket.fail("late")
+            seat.fail("late")
             return _Failed(index=index, kind="late", detail=f"no byte in {patience.first_s:.3g} s")
 
     async def _exchange(
-        self, ticket: Ticket, patience: Patience, held: contextlib.AsyncExitStack
+        self, seat: Seat, patience: Patience, held: contextlib.AsyncExitStack
     ) -> Begun | _Failed:
-        request, index = self._request, ticket.send.endpoint
-        endpoint = self._control.fleet.endpoints[index]
+        request, index = self._request, seat.send.endpoint
+        endpoint = self._desk.endpoints[index]
         body = request.body
         if endpoint.scheduling == "priority":
             # Policies that order by age have the hints in it; others leave the engine's order to
             # arrival, and so to the hints alone.
-            urgent = ticket.send.priority or -round(request.head_start_s * 1000.0)
+            urgent = seat.send.priority or -round(self._case.head_start_s * 1000.0)
             body = with_fields(body, request.payload, {"priority": urgent})
         upstream = await held.enter_async_context(
             await self._links[index].send(request.path, body, request.headers)
         )
         begun = Begun(
-            ticket=ticket,
+            seat=seat,
             status=upstream.status,
             headers={
                 **upstream.headers,
                 "x-request-id": request.request_id,
                 "x-almanac-endpoint": endpoint.id,
-                "x-almanac-reason": ticket.send.reason,
-                "x-almanac-plan": self._control.table_version,
-                "x-almanac-router-us": f"{ticket.decision_us:.0f}",
+                "x-almanac-reason": seat.send.reason,
+                "x-almanac-plan": self._desk.table_version,
+                "x-almanac-router-us": f"{seat.decision_us:.0f}",
             },
             patience=patience,
             held=held,
@@ -410,14 +342,14 @@ class Attempts:
             headers = {**begun.headers, "x-almanac-attempts": str(self.sent)}
             answer = Answer(upstream.status, await upstream.read(), headers)
             kind = f"http_{upstream.status}"
-            ticket.fail(kind)
+            seat.fail(kind)
             if upstream.status >= 500 or upstream.status == 429:
                 return _Failed(index=index, kind=kind, answer=answer)
             begun.answer = answer
         elif "event-stream" in upstream.headers.get("Content-Type", ""):
             return await self._first_event(begun, upstream)
         else:
-            ticket.expect_first_token()
+            seat.expect_first_token()
             begun.answer = Answer(upstream.status, await upstream.read(), begun.headers)
         return begun
 
@@ -427,7 +359,7 @@ class Attempts:
         The client's headers go out with it, so that an endpoint that accepts a request and then
         fails can still be replaced.
         """
-        request, ticket = self._request, begun.ticket
+        request, seat = self._request, begun.seat
         tap = begun.tap = SseTap(strip_usage=request.adds_usage)
         chunks = begun.chunks = await begun.held.enter_async_context(
             contextlib.aclosing(upstream.chunks())
@@ -435,14 +367,14 @@ class Attempts:
         async for data in chunks:
             begun.events += tap.feed(data)
             if tap.failed:
-                ticket.fail("error event")
-                return _Failed(index=ticket.send.endpoint, kind="broken", detail="error event")
+                seat.fail("error event")
+                return _Failed(index=seat.send.endpoint, kind="broken", detail="error event")
             if begun.events:
-                ticket.first_token()
+                seat.first_token()
                 return begun
         if request.has_done and not tap.done:
-            ticket.fail("ended without [DONE]")
-            return _Failed(index=ticket.send.endpoint, kind="broken", detail="ended without [DONE]")
+            seat.fail("ended without [DONE]")
+            return _Failed(index=seat.send.endpoint, kind="broken", detail="ended without [DONE]")
         return begun
 
 

@@ -74,6 +74,11 @@ class Ticket:
         self.decision_us = decision_us
         self.settled = False
 
+    @property
+    def call_id(self) -> str:
+        """Under which the router knows it."""
+        return self.call.call_id
+
     def first_token(self) -> None:
         """Note that the first byte of the answer came; later ones change nothing."""
         if self._first_token_s is None:

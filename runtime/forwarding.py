@@ -16,20 +16,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from typing import Any
 from uuid import uuid4
 
-from planner.dispatch.events import Call
-from runtime.admission import Asked, Pass
 from runtime.attempts import Attempts, Begun, Request
-from runtime.control import Control
-from runtime.dispatcher import Ticket
+from runtime.desk import Arrival, Case, Desk
 from runtime.fingerprint import read_prompt
-from runtime.hints import deadline_s, head_start_s
 from runtime.limits import Tenant
 from runtime.links import Answer, Downstream, EndpointBroken, Link
-from runtime.runs import Run
 from runtime.timeouts import Watch
 from runtime.wire import (
     DONE,
@@ -56,17 +50,15 @@ class Forwarder:
 
     Parameters
     ----------
-    control
+    desk
         Decides and records.
     links
         One per endpoint, in fleet order.
     """
 
-    def __init__(self, control: Control, links: Sequence[Link]) -> None:
-        self._control = control
+    def __init__(self, desk: Desk, links: Sequence[Link]) -> None:
+        self._desk = desk
         self._links = links
-        self._ids = count(1)
-        self._process = uuid4().hex[:6]  # call ids differ between restarts of one trace
 
     async def serve(
         self,
@@ -102,14 +94,14 @@ class Forwarder:
             If the client left.
         """
         started = time.perf_counter()
-        control, metrics = self._control, self._control.metrics
+        desk, metrics = self._desk, self._desk.metrics
         model = ""
         status = "499"  # nobody there any more to get an answer
         try:
-            tenant = control.tenancy.of(headers)
+            tenant = desk.tenancy.of(headers)
             payload = _parse(body)
-            asked = _model(payload, control.models)
-            model = asked or control.models[0]
+            asked = _model(payload, desk.models)
+            model = asked or desk.models[0]
             request = self._request(path, body, payload, headers, passed_on, asked, started, tenant)
             answer, code = await self._serve(request, tenant, headers, downstream)
             status = str(code)
@@ -133,12 +125,12 @@ class Forwarder:
         started: float,
         tenant: Tenant,
     ) -> Request:
-        names = self._control.config.request_id_headers
+        names = self._desk.config.request_id_headers
         given = (plain_text(headers.get(name)) for name in names)
         request_id = next(filter(None, given), "") or uuid4().hex
         stream = bool(payload.get("stream"))
-        if path in _SALTED and not self._control.config.share_prefixes:
-            salt = self._control.tenancy.salt(tenant, payload.get("cache_salt"))
+        if path in _SALTED and not self._desk.config.share_prefixes:
+            salt = self._desk.tenancy.salt(tenant, payload.get("cache_salt"))
             if salt is not None:
                 body = with_fields(body, payload, {"cache_salt": salt})
                 payload = {**payload, "cache_salt": salt}
@@ -173,116 +165,52 @@ class Forwarder:
         headers: Mapping[str, str],
         downstream: Downstream,
     ) -> tuple[Answer | None, int]:
-        control = self._control
-        ready_s = control.clock.now_s()
-        identity = control.identify(headers, request.payload, request.prompt, tenant)
-        run = control.begin_call(identity, tenant)
-        hints = control.hints(headers, request.payload, tenant)
-        age_s = ready_s - run.since_s
-        ahead_s = head_start_s(hints, age_s=age_s)
-        due_s = deadline_s(hints, age_s=age_s)
-        request.span = span = control.tracing.start(
-            "call",
-            {"run_id": run.run_id, "node": identity.node, "request_id": request.request_id},
-            parent=None if "traceparent" in headers else run.span,
+        arrival = Arrival(
             headers=headers,
+            payload=request.payload,
+            prompt=request.prompt,
+            model=request.model,
+            tenant=tenant,
+            request_id=request.request_id,
+            stream=request.stream,
         )
-        request.head_start_s = ahead_s
-        try:
-            tokens, per_item = control.scale.tokens(request.prompt, request.model)
-            max_tokens = _max_tokens(request.payload)
-            room_tokens = control.room_tokens(request.model)
-            if tokens + (max_tokens or 1) > room_tokens:
-                # By our estimate no endpoint can hold it, so it would wait in vain. An endpoint
-                # counts exactly, and refuses in its own words what is really too long.
-                tokens, max_tokens = min(tokens, room_tokens - 1), None
-            call = Call(
-                call_id=f"{self._process}-{next(self._ids)}",
-                run_id=run.run_id,
-                workflow_hash=run.workflow_hash,
-                node=identity.node,
-                site=identity.site,
-                prompt_tokens=tokens,
-                prefix=request.prompt.chain,
-                prefix_tokens=per_item,
-                run_arrival_s=run.since_s - ahead_s,
-                ready_s=ready_s,
-                visit=identity.visit,
-                max_tokens=max_tokens,
-                session_id=run.session_id,
-                model=request.model,
-                tenant=tenant.name,
-                hinted_tokens=hints.output_tokens,
-                deadline_s=None if due_s is None else due_s + ahead_s,
-            )
-            urgency = hints.priority or 0
-            if control.tenancy.keyed:
-                # A client may step back for others of its tenant, not ahead of other tenants.
-                urgency = min(0, urgency)
-            asked = Asked(
-                tenant=tenant,
-                begun=run.admitted,
-                service_s=control.service_s(call),
-                tokens=tokens + control.router.forecaster.of(call).output_tokens,
-                priority=tenant.priority + urgency,
-            )
-            with await control.admission.enter(asked) as admitted:
-                run.admitted = True
-                attempts = Attempts(
-                    control,
-                    self._links,
-                    request,
-                    call,
-                    client_attempt=identity.attempt,
-                    waited_s=admitted.waited_s,
-                )
-                begun = await attempts.begin()
-                if isinstance(begun, Answer):
-                    return begun, begun.status
-                async with begun.held:
-                    return await self._pass_on(request, begun, attempts.sent, admitted, downstream)
-        finally:
-            span.end()
-            run.open_calls -= 1
-            run.last_s = control.clock.now_s()
-            if identity.final:
-                self._end(run)
-
-    def _end(self, run: Run) -> None:
-        if run.open_calls == 0:
-            self._control.end_run(run.run_id)
+        async with self._desk.case(arrival) as case:
+            attempts = Attempts(self._desk, case, self._links, request)
+            begun = await attempts.begin()
+            if isinstance(begun, Answer):
+                return begun, begun.status
+            async with begun.held:
+                return await self._pass_on(request, case, begun, attempts.sent, downstream)
 
     async def _pass_on(
         self,
         request: Request,
+        case: Case,
         begun: Begun,
         sent: int,
-        admitted: Pass,
         downstream: Downstream,
     ) -> tuple[Answer | None, int]:
         """Give the client an answer that has begun, to its end."""
         headers = {**begun.headers, "x-almanac-attempts": str(sent)}
         if begun.answer is None:
-            return await self._relay(request, begun, headers, admitted, downstream)
+            return await self._relay(request, case, begun, headers, downstream)
         if begun.status < 400:
-            self._finished(request, begun.ticket, _usage_of(begun.answer.body), 0, admitted)
+            case.finish(begun.seat, _usage_of(begun.answer.body), 0)
         return replace(begun.answer, headers=headers), begun.status
 
     async def _relay(
         self,
         request: Request,
+        case: Case,
         begun: Begun,
         headers: Mapping[str, str],
-        admitted: Pass,
         downstream: Downstream,
     ) -> tuple[None, int]:
         """Pass a stream on event by event."""
-        control, ticket, patience, tap = self._control, begun.ticket, begun.patience, begun.tap
+        desk, seat, patience, tap = self._desk, begun.seat, begun.patience, begun.tap
         assert tap is not None  # noqa: S101 - it is a stream
         assert begun.chunks is not None  # noqa: S101 - as above
-        control.metrics.ttft.observe(
-            time.perf_counter() - request.started, request.model or "other"
-        )
+        desk.metrics.ttft.observe(time.perf_counter() - request.started, request.model or "other")
         await downstream.start(begun.status, headers)
         if begun.events:
             await downstream.write(begun.events)
@@ -311,11 +239,11 @@ class Forwarder:
             if rest := tap.rest():
                 await downstream.write(rest)
             patience.ended()
-            self._finished(request, ticket, tap.usage, tap.chunks, admitted)
+            case.finish(seat, tap.usage, tap.chunks)
             return None, begun.status
-        ticket.fail(broken)
-        control.endpoint_failed(ticket.send.endpoint, broken)
-        control.metrics.cut.inc(control.fleet.endpoints[ticket.send.endpoint].id, kind)
+        seat.fail(broken)
+        desk.endpoint_failed(seat.send.endpoint, broken)
+        desk.metrics.cut.inc(desk.endpoints[seat.send.endpoint].id, kind)
         if not tap.failed:
             await downstream.write(
                 sse(error_body(502, "The endpoint failed during the answer.", "BadGateway"))
@@ -323,34 +251,6 @@ class Forwarder:
         if not tap.done:
             await downstream.write(DONE)
         return None, 502
-
-    def _finished(
-        self,
-        request: Request,
-        ticket: Ticket,
-        usage: Usage | None,
-        chunks: int,
-        admitted: Pass,
-    ) -> None:
-        control = self._control
-        if usage is None:
-            # Without usage a stream's events are the best count there is.
-            ticket.finish(output_tokens=chunks, prompt_tokens=None, cached_tokens=None)
-            admitted.used(ticket.call.prompt_tokens + chunks)
-            return
-        if usage.response_id is not None:
-            control.runs.answered(usage.response_id, ticket.call.run_id)
-        prompt_tokens = usage.prompt_tokens
-        if prompt_tokens is not None:
-            control.scale.learn(request.model, request.prompt.size_bytes, prompt_tokens)
-        ticket.finish(
-            output_tokens=usage.output_tokens,
-            prompt_tokens=prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-        )
-        if prompt_tokens is None:
-            prompt_tokens = ticket.call.prompt_tokens
-        admitted.used(prompt_tokens + usage.output_tokens)
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -371,14 +271,6 @@ def _model(payload: Mapping[str, Any], models: Sequence[str]) -> str | None:
     if model not in models:
         raise ApiError(404, f"The model `{str(model)[:200]}` does not exist.", param="model")
     return str(model)
-
-
-def _max_tokens(payload: Mapping[str, Any]) -> int | None:
-    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
-        value = payload.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
 
 
 def _usage_of(body: bytes) -> Usage | None:

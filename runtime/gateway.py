@@ -42,6 +42,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.fleet import Fleet, read_endpoint
 from planner.domain.workflow import Workflow
 from runtime.control import Control
+from runtime.desk import LocalDesk
 from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
 from runtime.forwarding import Forwarder
@@ -194,7 +195,7 @@ class Gateway:
             )
         )
         self._links = [EndpointLink(endpoint, session) for endpoint in self.control.fleet.endpoints]
-        self.forwarder = Forwarder(self.control, self._links)
+        self.forwarder = Forwarder(LocalDesk(self.control), self._links)
         answers = await asyncio.gather(*(link.healthy() for link in self._links))
         if self._state is not None:
             # Whether an endpoint still is the process it was decides about its cache.

@@ -13,6 +13,7 @@ from planner.domain.fleet import Fleet
 from planner.domain.trace import CallRecord, RunRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.control import Control
+from runtime.desk import LocalDesk
 from runtime.forwarding import Forwarder
 from runtime.links import ClientGone, EndpointBroken, EndpointUnreachable
 from runtime.wire import DONE, ApiError, sse
@@ -116,7 +117,7 @@ class Bench:
     def __init__(self, fleet, *scripts, config=None, policy="round_robin"):
         self.control = Control(fleet, policy=policy, config=GatewayConfig(**(config or {})))
         self.links = [FakeLink(script) for script in scripts]
-        self.forwarder = Forwarder(self.control, self.links)
+        self.forwarder = Forwarder(LocalDesk(self.control), self.links)
         self.client = FakeClient()
 
     async def ask(self, headers=None, **payload):
