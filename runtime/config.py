@@ -48,7 +48,7 @@ class GatewayConfig:
     Raises
     ------
     InvalidInput
-        If a value is out of range.
+        If a value is out of range, or the live view is asked for without an admin key.
     """
 
     dilation: float = setting(
@@ -74,6 +74,12 @@ class GatewayConfig:
         "server",
         "key of the admin routes, off without; better given by admin_key_env or admin_key_file",
         secret=True,
+    )
+    dashboard: bool = setting(
+        False,
+        "server",
+        "serve a live view for browsers at /dashboard; it asks for the admin key",
+        live=False,
     )
     request_id_headers: tuple[str, ...] = setting(
         ("x-request-id",), "server", "headers that may bring a request's id, first hit wins"
@@ -274,6 +280,12 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.dashboard and not self.admin_key:
+            raise InvalidInput(
+                "the live view shows nothing without an admin key",
+                where="dashboard",
+                remedy="give --admin-key-env NAME or --admin-key-file FILE, too",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

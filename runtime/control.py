@@ -42,6 +42,7 @@ from planner.graph.sampling import scenarios
 from runtime.admission import Admission
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
+from runtime.dashboard.journal import Journal
 from runtime.dispatcher import Dispatcher, Moved, Ticket
 from runtime.endings import EndForecast
 from runtime.fingerprint import Prompt, TokenScale
@@ -130,12 +131,16 @@ class Control:
         self._workflows: dict[str, Workflow] = {}
         self._by_name: dict[str, Workflow] = {}
         self._arrivals: dict[str, ArrivalForecast] = {}
+        self.sampled: dict[str, Sequence[RunSpec]] = {}
+        """Runs drawn from the graph of each workflow with forecasts, by its hash."""
         self._runs_kept: dict[str, Kept] = {}
         for workflow in workflows:
             self.add_workflow(workflow)
         self._table: DispatchTable | None = None
         self._table_version = ""
-        self._table_since_s = 0.0
+        self.table_since_s = 0.0
+        """When it went live, clock seconds."""
+        self.journal = Journal()
         self.recent: RecentWork | None = None
         """Told of arrivals, decisions and records, if somebody plans by them."""
         self.replanning: Callable[[], dict[str, Any]] | None = None
@@ -176,6 +181,11 @@ class Control:
         return self._table_version
 
     @property
+    def waiting(self) -> int:
+        """Calls that wait for admission, or for an endpoint."""
+        return self.router.held + self.admission.waiting
+
+    @property
     def estimates(self) -> EstimateTable:
         """The forecasts, as given."""
         return self._forecaster.estimates
@@ -214,7 +224,7 @@ class Control:
             If it was made for another fleet; the old table stays.
         """
         self._set_table(table)
-        self._table_since_s = self.clock.now_s()
+        self.table_since_s = self.clock.now_s()
         self._activate(table)
 
     def set_fleet(self, wanted: Fleet) -> FleetChange:
@@ -303,6 +313,7 @@ class Control:
                 defaults=self._forecaster.estimates,
             )
             self._arrivals[key] = ArrivalForecast(runs, self.fleet)
+            self.sampled[key] = runs
         self.endings.add_workflow(workflow, runs)
 
     def close(self) -> None:
@@ -333,6 +344,7 @@ class Control:
             endpoint_id = self.fleet.endpoints[send.endpoint].id
             self.metrics.decisions.inc(self.router.policy.name, send.reason)
             self.metrics.selected.inc(endpoint_id)
+            self.journal.sent(ticket, self.router.policy.name)
             if call.prompt_tokens > 0:
                 self.metrics.prefix_match.observe(send.cached_tokens / call.prompt_tokens)
             if self.recent is not None and call.workflow_hash in self._workflows:
@@ -559,9 +571,7 @@ class Control:
             kind = _text(event, "type") if isinstance(event, dict) else ""
             understood = kind in _EVENTS and self._take(kind, event, tenant)
             taken += understood
-            self.metrics.events.inc(
-                kind if kind in _EVENTS else "unknown", str(understood).lower()
-            )
+            self.metrics.events.inc(kind if kind in _EVENTS else "unknown", str(understood).lower())
         return taken
 
     def _take(self, kind: str, event: dict[str, Any], tenant: Tenant) -> bool:
@@ -646,7 +656,7 @@ class Control:
         That is when an endpoint may be back, and has served those who wait already.
         """
         here = [i for i in range(len(self.fleet.endpoints)) if i not in self.absent]
-        waiting = self.router.held + self.admission.waiting
+        waiting = self.waiting
         return (
             self.guard.up_in_s(model, here)
             + self.config.probe_interval_s
@@ -675,10 +685,10 @@ class Control:
         self._gauge_engines()
         self.admission.gauge(self.metrics)
         if self._table is not None:
-            self.metrics.table_age.set(self.clock.now_s() - self._table_since_s)
+            self.metrics.table_age.set(self.clock.now_s() - self.table_since_s)
         return self.metrics.render(
             self.router.view,
-            held=self.router.held + self.admission.waiting,
+            held=self.waiting,
             runs=len(self.runs),
             learned=learner.rows if learner else (),
             absent=self.absent,
@@ -709,7 +719,7 @@ class Control:
             "table_version": self._table_version,
             "table_age_s": None
             if self._table is None
-            else round(self.clock.now_s() - self._table_since_s, 3),
+            else round(self.clock.now_s() - self.table_since_s, 3),
             "replanning": self.replanning() if self.replanning else None,
             "estimates_version": self._forecaster.estimates.version,
             "fleet": {"name": self.fleet.name, "hash": self.fleet.content_hash()},
@@ -812,6 +822,7 @@ class Control:
         self._dispatcher.handle(event)
 
     def _write(self, record: TraceRecord) -> None:
+        self.journal.add(record)
         if self.recent is not None:
             self.recent.add(record)
         if self._trace is None:

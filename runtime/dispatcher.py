@@ -146,37 +146,53 @@ class Ticket:
             self._timer.cancel()
         dispatcher = self._dispatcher
         dispatcher.handle(event)
-        call, send = self.call, self.send
         finished = event if isinstance(event, CallFinished) else None
+        dispatcher.record(self.record(status, finish_s=now_s, finished=finished))
+
+    def record(
+        self,
+        status: str = "running",
+        *,
+        finish_s: float | None = None,
+        finished: CallFinished | None = None,
+    ) -> CallRecord:
+        """Return the attempt as the trace has it, by default as it is now.
+
+        Parameters
+        ----------
+        finish_s
+            When it ended, clock seconds; None while it is under way.
+        finished
+            What the endpoint counted, if it ended well.
+        """
+        dispatcher, call, send = self._dispatcher, self.call, self.send
         prompt_tokens = finished.prompt_tokens if finished else None
-        dispatcher.record(
-            CallRecord(
-                run_id=call.run_id,
-                call_id=call.call_id,
-                workflow_hash=call.workflow_hash,
-                node=call.node,
-                site=call.site,
-                ready_s=call.ready_s,
-                sent_s=self.sent_s,
-                endpoint=dispatcher.router.fleet.endpoints[send.endpoint].id,
-                prompt_tokens=call.prompt_tokens if prompt_tokens is None else prompt_tokens,
-                output_tokens=finished.output_tokens if finished else 0,
-                first_token_s=self._first_token_s,
-                finish_s=now_s,
-                cached_tokens=finished.cached_tokens if finished else None,
-                max_tokens=call.max_tokens,
-                visit=call.visit,
-                attempt=self._attempt,
-                status=status,
-                policy=dispatcher.router.policy.name,
-                reason=send.reason,
-                table_version=dispatcher.table_version,
-                predicted_finish_s=send.predicted_finish_s,
-                predicted_output_tokens=send.predicted_output_tokens,
-                in_flight=send.in_flight,
-                decision_us=self.decision_us,
-                **elsewhere(send, dispatcher.router.fleet),
-            )
+        return CallRecord(
+            run_id=call.run_id,
+            call_id=call.call_id,
+            workflow_hash=call.workflow_hash,
+            node=call.node,
+            site=call.site,
+            ready_s=call.ready_s,
+            sent_s=self.sent_s,
+            endpoint=dispatcher.router.fleet.endpoints[send.endpoint].id,
+            prompt_tokens=call.prompt_tokens if prompt_tokens is None else prompt_tokens,
+            output_tokens=finished.output_tokens if finished else 0,
+            first_token_s=self._first_token_s,
+            finish_s=finish_s,
+            cached_tokens=finished.cached_tokens if finished else None,
+            max_tokens=call.max_tokens,
+            visit=call.visit,
+            attempt=self._attempt,
+            status=status,
+            policy=dispatcher.router.policy.name,
+            reason=send.reason,
+            table_version=dispatcher.table_version,
+            predicted_finish_s=send.predicted_finish_s,
+            predicted_output_tokens=send.predicted_output_tokens,
+            in_flight=send.in_flight,
+            decision_us=self.decision_us,
+            **elsewhere(send, dispatcher.router.fleet),
         )
 
     def __enter__(self) -> Self:

@@ -13,6 +13,8 @@ POST /almanac/v1/events                       run, tool and branch events
 POST /finish_session                          {"session_id": ...}: its runs are over
 GET /almanac/v1/diagnostics,                  (admin) what the router knows
 /scheduling/diagnostics
+GET /almanac/v1/live, runs/{id}               (admin) the live view's facts, a run call by call
+GET /dashboard                                the live view's page, where it is asked for
 GET, POST /workers, DELETE /workers/{id}      (admin) list, add, remove endpoints
 POST, DELETE /workers/{id}/drain              (admin) send an endpoint no new calls, or again
 POST /almanac/v1/policy, table, trace         (admin) switch policy, swap table, open a trace
@@ -42,6 +44,8 @@ from planner.domain.errors import InvalidInput
 from planner.domain.fleet import Fleet, read_endpoint
 from planner.domain.workflow import Workflow
 from runtime.control import Control
+from runtime.dashboard.live import LiveView
+from runtime.dashboard.page import UNCACHED, page_routes
 from runtime.desk import LocalDesk
 from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
@@ -118,6 +122,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._exits = contextlib.AsyncExitStack()
         self._links: list[EndpointLink] = []
+        self._view = LiveView(control)
         self._session: ClientSession
         self.forwarder: Forwarder
 
@@ -277,6 +282,8 @@ class Gateway:
                 web.post("/almanac/v1/events", self._events),
                 web.get("/almanac/v1/diagnostics", self._admin(self._diagnostics)),
                 web.get("/scheduling/diagnostics", self._admin(self._diagnostics)),
+                web.get("/almanac/v1/live", self._admin(self._live)),
+                web.get("/almanac/v1/runs/{id:.+}", self._admin(self._run)),
                 web.get("/workers", self._admin(self._workers)),
                 web.post("/workers", self._admin(self._add_worker)),
                 web.delete("/workers/{id}", self._admin(self._remove_worker)),
@@ -287,6 +294,8 @@ class Gateway:
                 web.post("/almanac/v1/trace", self._admin(self._trace)),
             ]
         )
+        if self.control.config.dashboard:
+            app.add_routes(page_routes())
         return app
 
     @web.middleware
@@ -398,6 +407,16 @@ class Gateway:
 
     async def _diagnostics(self, _request: web.Request) -> web.Response:
         return web.json_response(self.control.diagnostics())
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        return web.json_response(await self._view.facts(), headers=UNCACHED)
+
+    async def _run(self, request: web.Request) -> web.Response:
+        name = request.match_info["id"]
+        facts = self._view.run(name)
+        if facts is None:
+            raise ApiError(404, f"There is no run `{name[:200]}`, or it is forgotten.", param="id")
+        return web.json_response(facts, headers=UNCACHED)
 
     async def _workers(self, _request: web.Request) -> web.Response:
         return web.json_response({"workers": self.control.diagnostics()["endpoints"]})

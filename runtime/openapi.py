@@ -242,6 +242,11 @@ def _admin() -> dict[str, Any]:
         },
         "/scheduling/diagnostics": {"get": operation("What the router knows.")},
         "/almanac/v1/diagnostics": {"get": operation("What the router knows.")},
+        "/almanac/v1/live": {"get": operation("Endpoints, runs and decisions as they are now.")},
+        "/almanac/v1/runs/{id}": {
+            "parameters": worker,
+            "get": operation("One run, call by call."),
+        },
         "/almanac/v1/policy": {"post": operation("Switch the policy.", policy)},
         "/almanac/v1/table": {"post": operation("Load a dispatch table.", _OBJECT)},
         "/almanac/v1/trace": {"post": operation("Open another trace, or none.", path)},

@@ -43,6 +43,8 @@ _log = logging.getLogger(__name__)
 
 ACTIVATION_SCHEMA = "almanac.activation/1"
 """Of the log's lines; those of answers that were weighed have it from the worker."""
+_PROOF = ("status", "objective_s", "bound_s", "gap")
+"""What the worker says of the plan behind a table, told while that table is in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +145,7 @@ class Replanner:
         self._recent = RecentWork(self.config.window_s, control.clock.now_s())
         self._hint: tuple[Mapping[str, Any], ...] = ()
         self._last: dict[str, Any] | None = None
+        self._proof: dict[str, Any] | None = None
         self._outcomes: dict[str, int] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -168,6 +171,9 @@ class Replanner:
             "period_s": self.config.period_s,
             "outcomes": dict(self._outcomes),
             "last": self._last,
+            "proof": self._proof
+            if self._proof and self._proof["version"] == self.control.table_version
+            else None,
             "process": {
                 "pid": self.process.pid,
                 "starts": self.process.starts,
@@ -296,6 +302,7 @@ class Replanner:
         if activate is not True:
             return "kept", "worse than the table in use on the replayed runs"
         self.control.set_table(table)
+        self._proof = {"version": table.version, **{name: verdict.get(name) for name in _PROOF}}
         return "adopted", table.version
 
     def _write_log(self, record: Mapping[str, Any]) -> None:
