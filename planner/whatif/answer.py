@@ -230,7 +230,7 @@ def _saturation(question: Question, capacity: float, notes: tuple[str, ...]) -> 
         return notes
     return (
         *notes,
-        f"load {load:.2f} of what the fleet carries: queues and figures grow with every further run",
+        f"load {load:.2f} of what the fleet carries: queues and figures grow with each further run",
     )
 
 
