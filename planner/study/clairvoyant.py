@@ -30,7 +30,7 @@ from planner.graph.analysis import completion_s
 from planner.sim.experiment import World, mean_latency_s
 from planner.sim.kernel import simulate
 
-__all__ = ["Clairvoyant", "critical_path_s", "estimate"]
+__all__ = ["Clairvoyant", "Exact", "Pinned", "critical_path_s", "estimate"]
 
 _THETA = 1.5
 
@@ -72,7 +72,7 @@ class Clairvoyant:
         }
 
 
-class _Exact(Forecaster):
+class Exact(Forecaster):
     """Knows each call's output length, and whether it is likely to be critical as others do."""
 
     def __init__(self, known: Forecaster, runs: Sequence[RunSpec], graphs: Sequence[Workflow]):
@@ -88,7 +88,7 @@ class _Exact(Forecaster):
         return replace(super().of(call), output_tokens=self._tokens[call.call_id])
 
 
-class _Pinned(MarginalCost):
+class Pinned(MarginalCost):
     """Marginal cost, except for the calls that are told where to go."""
 
     name = "pinned"
@@ -129,10 +129,10 @@ def estimate(
     noise, so that a better mean is one.
     """
     fleet = world.fleet
-    exact = _Exact(world.forecaster, runs, graphs)
+    exact = Exact(world.forecaster, runs, graphs)
 
     def mean(theta: float, places: Mapping[str, int]) -> float:
-        return mean_latency_s(_run(runs, fleet, _Pinned(theta, places), exact))
+        return mean_latency_s(_run(runs, fleet, Pinned(theta, places), exact))
 
     learned_s = mean_latency_s(_run(runs, fleet, MarginalCost(theta=_THETA), world.forecaster))
     exact_s = mean(_THETA, {})
