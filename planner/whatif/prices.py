@@ -10,6 +10,7 @@ simulated value may not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,18 +81,20 @@ class Prices:
         }
 
     def text(self) -> str:
-        """Return a table for a terminal: tenants below each other."""
-        rows = [["one more", "tenant", "mean s", "P95 s", "in time", "dual s", "$/h"]]
+        """Return a table for a terminal; of single tenants the mean alone."""
+        tenants = [name for name in (self.rows[0].effects if self.rows else ()) if name]
+        head = ["one more", "mean s", "P95 s", "in time", *(f"{one}: mean s" for one in tenants)]
+        rows = [[*head, "dual s", "$/h"]]
         for one in self.rows:
-            for tenant, effects in one.effects.items():
-                cells = [
-                    effects[name].text(3) if name in effects else "-"
-                    for name in ("mean_s", "p95_s", "attainment")
-                ]
-                last = (
-                    ["", ""] if tenant else [_number(one.dual_s, 3), _number(one.usd_per_hour, 2)]
-                )
-                rows.append(["" if tenant else one.change, tenant or "all", *cells, *last])
+            everyone = one.effects[""]
+            cells = [
+                everyone[name].text(3) if name in everyone else "-"
+                for name in ("mean_s", "p95_s", "attainment")
+            ]
+            for tenant in tenants:
+                figure = one.effects[tenant].get("mean_s")
+                cells.append("-" if figure is None else f"{figure.value:.3f}")
+            rows.append([one.change, *cells, _number(one.dual_s, 3), _number(one.usd_per_hour, 2)])
         return align(rows)
 
     def to_frame(self) -> Any:
@@ -155,10 +158,11 @@ def marginal_values(
             changes.append(
                 (AddKv(endpoint=one.id, gb=1.0), None if token_s is None else -token_s * gained)
             )
-    for tenant in dict.fromkeys(
-        one.tenant for one in question.streams if one.deadline_s is not None and one.rate_rps > 0
-    ):
-        changes.append((SetDeadline(seconds=1.0, more=True, tenant=tenant), None))
+    timed = [one for one in question.streams if one.deadline_s is not None and one.rate_rps > 0]
+    changes += [
+        (SetDeadline(seconds=1.0, more=True, tenant=tenant), None)
+        for tenant in dict.fromkeys(one.tenant for one in timed)
+    ]
     asked = [("as it is", question)]
     asked += [(str(change), change.apply(question)) for change, _ in changes]
     base, *after = ask(asked, effort, store=store or Store())
@@ -239,17 +243,17 @@ def _duals(question: Question) -> _Duals:
         )
         for one in graphs
     ]
-    try:
+    slot_s: dict[str, float] = {}
+    token_s: dict[str, float] = {}
+    # The relaxed plan may exist where no plan of whole run classes does.
+    with suppress(Infeasible):
         instance = build_mix(demands, question.fleet, estimates, samples, run_classes=1)
         # Prices are run-seconds per slot second; a slot is there for a second each second, and
         # runs come at the rate.
         prices = instance_prices(instance, site_criticality(instance, *samples))
-        plan = solve_mix(
-            demands, question.fleet, estimates, budget=Budget.reproducible(_EFFORT, 0.03)
-        )
-    except (Infeasible, NoSolutionFound):
-        return _Duals(slot_s={}, token_s={})
-    return _Duals(
-        slot_s={key: UTILISATION_CAP * one / question.rate_rps for key, one in prices.items()},
-        token_s=dict(zip(plan.instance.endpoints, plan.token_price.tolist(), strict=True)),
-    )
+        slot_s = {key: UTILISATION_CAP * one / question.rate_rps for key, one in prices.items()}
+    with suppress(Infeasible, NoSolutionFound):
+        budget = Budget.reproducible(_EFFORT, 0.03)
+        plan = solve_mix(demands, question.fleet, estimates, budget=budget)
+        token_s = dict(zip(plan.instance.endpoints, plan.token_price.tolist(), strict=True))
+    return _Duals(slot_s=slot_s, token_s=token_s)
