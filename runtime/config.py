@@ -300,6 +300,15 @@ class LaunchConfig:
 
     host: str = setting("127.0.0.1", "server", "interface to listen on", live=False)
     port: int = setting(8000, "server", "port, 0 takes a free one", most=65535, live=False)
+    processes: int = setting(
+        1,
+        "server",
+        "worker processes that share the port, where one does not keep up",
+        flags=("--workers",),
+        least=1,
+        most=256,
+        live=False,
+    )
     admin_key_env: str | None = setting(
         None, "server", "environment variable that holds the key of the admin routes"
     )

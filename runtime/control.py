@@ -145,6 +145,8 @@ class Control:
         """Told of arrivals, decisions and records, if somebody plans by them."""
         self.replanning: Callable[[], dict[str, Any]] | None = None
         """What became of re-planning, for the diagnostics."""
+        self.processes: Callable[[], list[dict[str, Any]]] | None = None
+        """The worker processes, for the diagnostics, where there are any."""
         self._trace: TraceWriter | None = None
         self._errors = _ErrorStats()
         if table is not None:
@@ -721,6 +723,7 @@ class Control:
             if self._table is None
             else round(self.clock.now_s() - self.table_since_s, 3),
             "replanning": self.replanning() if self.replanning else None,
+            "processes": self.processes() if self.processes else None,
             "estimates_version": self._forecaster.estimates.version,
             "fleet": {"name": self.fleet.name, "hash": self.fleet.content_hash()},
             "clock_s": round(self.clock.now_s(), 3),

@@ -31,7 +31,8 @@ from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.workflow import Workflow, load_workflow
 from runtime.config import GatewayConfig
 from runtime.control import Control
-from runtime.gateway import INFERENCE, KEPT_BACK, Gateway, model_card
+from runtime.gateway import Gateway, model_card
+from runtime.inference import INFERENCE, KEPT_BACK
 from runtime.inprocess import Deliver, Failure, Head, Pipe, Transports, transports
 from runtime.links import Answer, ClientGone
 from runtime.wire import ApiError

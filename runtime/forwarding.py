@@ -54,10 +54,15 @@ class Forwarder:
         Decides and records.
     links
         One per endpoint, in fleet order.
+
+    Attributes
+    ----------
+    desk
+        As given.
     """
 
     def __init__(self, desk: Desk, links: Sequence[Link]) -> None:
-        self._desk = desk
+        self.desk = desk
         self._links = links
 
     async def serve(
@@ -94,7 +99,7 @@ class Forwarder:
             If the client left.
         """
         started = time.perf_counter()
-        desk, metrics = self._desk, self._desk.metrics
+        desk, metrics = self.desk, self.desk.metrics
         model = ""
         status = "499"  # nobody there any more to get an answer
         try:
@@ -125,12 +130,12 @@ class Forwarder:
         started: float,
         tenant: Tenant,
     ) -> Request:
-        names = self._desk.config.request_id_headers
+        names = self.desk.config.request_id_headers
         given = (plain_text(headers.get(name)) for name in names)
         request_id = next(filter(None, given), "") or uuid4().hex
         stream = bool(payload.get("stream"))
-        if path in _SALTED and not self._desk.config.share_prefixes:
-            salt = self._desk.tenancy.salt(tenant, payload.get("cache_salt"))
+        if path in _SALTED and not self.desk.config.share_prefixes:
+            salt = self.desk.tenancy.salt(tenant, payload.get("cache_salt"))
             if salt is not None:
                 body = with_fields(body, payload, {"cache_salt": salt})
                 payload = {**payload, "cache_salt": salt}
@@ -174,8 +179,8 @@ class Forwarder:
             request_id=request.request_id,
             stream=request.stream,
         )
-        async with self._desk.case(arrival) as case:
-            attempts = Attempts(self._desk, case, self._links, request)
+        async with self.desk.case(arrival) as case:
+            attempts = Attempts(self.desk, case, self._links, request)
             begun = await attempts.begin()
             if isinstance(begun, Answer):
                 return begun, begun.status
@@ -207,7 +212,7 @@ class Forwarder:
         downstream: Downstream,
     ) -> tuple[None, int]:
         """Pass a stream on event by event."""
-        desk, seat, patience, tap = self._desk, begun.seat, begun.patience, begun.tap
+        desk, seat, patience, tap = self.desk, begun.seat, begun.patience, begun.tap
         assert tap is not None  # noqa: S101 - it is a stream
         assert begun.chunks is not None  # noqa: S101 - as above
         desk.metrics.ttft.observe(time.perf_counter() - request.started, request.model or "other")

@@ -30,13 +30,12 @@ import contextlib
 import json
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from aiohttp import ClientSession, web
-from aiohttp.typedefs import Handler
 
 from planner import __version__
 from planner.dispatch.table import DispatchTable
@@ -50,30 +49,18 @@ from runtime.desk import LocalDesk
 from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
 from runtime.forwarding import Forwarder
-from runtime.keys import bearer, same_key
-from runtime.links import ClientGone
+from runtime.inference import INFERENCE, errors, infer, is_admin, limit_headers, open_runner
 from runtime.openapi import openapi
 from runtime.prometheus import CONTENT_TYPE
 from runtime.state import Restored, StateFile
-from runtime.transport import bind_problem, open_session, speak_openai
-from runtime.wire import ApiError, plain_text
+from runtime.transport import bind_problem, open_session
+from runtime.wire import ApiError
 
-__all__ = ["INFERENCE", "KEPT_BACK", "Gateway", "model_card", "tls_context"]
+__all__ = ["Gateway", "model_card", "tls_context"]
 
 _log = logging.getLogger(__name__)
 
-INFERENCE = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-KEPT_BACK = frozenset(
-    {
-        "accept-encoding", "connection", "content-encoding", "content-length", "expect", "host",
-        "keep-alive", "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade",
-        "x-request-id",
-    }
-)  # fmt: skip
-"""Request headers that end at the gateway."""
-_KEYS = frozenset({"authorization", "x-api-key"})
 _EXPIRE_EVERY_S = 1.0
-_LEAST_PARSED_BYTES = 2**16
 
 
 class Gateway:
@@ -133,8 +120,15 @@ class Gateway:
         host, port, *_ = self._runner.addresses[0]
         return f"{'https' if self._tls else 'http'}://{host}:{port}"
 
-    async def start(self) -> list[str]:
+    async def start(
+        self, site: Callable[[web.AppRunner], web.BaseSite] | None = None
+    ) -> list[str]:
         """Look at all endpoints once, start listening, and go on looking after them.
+
+        Parameters
+        ----------
+        site
+            Makes what to listen on instead of host and port.
 
         Returns
         -------
@@ -148,36 +142,27 @@ class Gateway:
         """
         try:
             missing = await self._reach()
-            most_parsed = max(_LEAST_PARSED_BYTES, 4 * self.control.config.max_header_bytes)
-            self._runner = web.AppRunner(
-                self.app(),
-                handler_cancellation=True,  # a client that leaves cancels its attempt
-                access_log=None,
-                shutdown_timeout=self.control.config.drain_s,
-                lingering_time=2.0,  # for the rest of a body that nobody wants
-                # The middleware refuses politely what is larger than allowed; this is the most
-                # the parser takes in at all.
-                max_field_size=most_parsed,
-                max_line_size=most_parsed,
-            )
-            await self._runner.setup()
-            speak_openai(self._runner)
-            self._exits.push_async_callback(self._runner.cleanup)
-            try:
-                await web.TCPSite(
-                    self._runner, self._host, self._port, ssl_context=self._tls
-                ).start()
-            except OSError as error:
-                raise InvalidInput(
-                    f"port {self._port} on {self._host} cannot be bound ({bind_problem(error)})",
-                    where="--port",
-                    remedy="check --host, stop what uses the port or choose another",
-                ) from error
+            runner = self._runner = await open_runner(self.app(), self.control.config)
+            self._exits.push_async_callback(runner.cleanup)
+            if site is not None:
+                await site(runner).start()
+            else:
+                await self._listen(runner)
             self._watch()
         except BaseException:
             await self.aclose()
             raise
         return missing
+
+    async def _listen(self, runner: web.AppRunner) -> None:
+        try:
+            await web.TCPSite(runner, self._host, self._port, ssl_context=self._tls).start()
+        except OSError as error:
+            raise InvalidInput(
+                f"port {self._port} on {self._host} cannot be bound ({bind_problem(error)})",
+                where="--port",
+                remedy="check --host, stop what uses the port or choose another",
+            ) from error
 
     async def open(self) -> list[str]:
         """Do all of `start` but listen: the router of a process that has no port.
@@ -265,7 +250,7 @@ class Gateway:
         """Return the routes."""
         app = web.Application(
             client_max_size=self.control.config.max_body_bytes,
-            middlewares=[_errors, self._limit_headers],
+            middlewares=[errors, limit_headers(lambda: self.control.config)],
         )
         app.add_routes([web.post(path, self._infer) for path in INFERENCE])
         app.add_routes(
@@ -298,35 +283,8 @@ class Gateway:
             app.add_routes(page_routes())
         return app
 
-    @web.middleware
-    async def _limit_headers(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        most = self.control.config.max_header_bytes
-        sizes = [len(name) + len(value) for name, value in request.raw_headers]
-        if sum(sizes) > most or len(request.raw_path) > most:
-            raise ApiError(431, f"The headers are larger than {most} bytes.")
-        return await handler(request)
-
-    # Inference
-
     async def _infer(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        headers = request.headers
-        passed_on = {
-            name: value
-            for name, value in headers.items()
-            if name.lower() not in KEPT_BACK and (value.isascii() or _is_text(value))
-        }
-        if self._is_admin(request) or self.control.tenancy.keyed:
-            # Keys of the gateway are none of the endpoints' business.
-            passed_on = {n: v for n, v in passed_on.items() if n.lower() not in _KEYS}
-        downstream = _ClientStream(request)
-        try:
-            answer = await self.forwarder.serve(request.path, body, headers, passed_on, downstream)
-        except ClientGone:
-            return downstream.abandoned()
-        if answer is None:
-            return await downstream.finish()
-        return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+        return await infer(request, self.forwarder)
 
     # Facts
 
@@ -402,8 +360,7 @@ class Gateway:
         return guarded
 
     def _is_admin(self, request: web.Request) -> bool:
-        key = self.control.config.admin_key
-        return key is not None and same_key(bearer(request.headers), key)
+        return is_admin(request, self.control.config)
 
     async def _diagnostics(self, _request: web.Request) -> web.Response:
         return web.json_response(self.control.diagnostics())
@@ -523,60 +480,6 @@ class Gateway:
             self.control.expire_runs()
 
 
-class _ClientStream:
-    """A streamed answer to one client; see `runtime.links.Downstream`."""
-
-    __slots__ = ("_request", "_response")
-
-    def __init__(self, request: web.Request) -> None:
-        self._request = request
-        self._response: web.StreamResponse | None = None
-
-    async def start(self, status: int, headers: Mapping[str, str]) -> None:
-        self._response = web.StreamResponse(status=status, headers=headers)
-        try:
-            await self._response.prepare(self._request)
-        except ConnectionError as error:
-            raise ClientGone from error
-
-    async def write(self, data: bytes) -> None:
-        assert self._response is not None  # noqa: S101 - started before the first write
-        try:
-            await self._response.write(data)
-        except ConnectionError as error:
-            raise ClientGone from error
-
-    def abandoned(self) -> web.StreamResponse:
-        """Return what the server needs to hear of a client that left."""
-        return self._response or web.Response(status=499)
-
-    async def finish(self) -> web.StreamResponse:
-        assert self._response is not None  # noqa: S101 - as above
-        with contextlib.suppress(ConnectionError):
-            await self._response.write_eof()
-        return self._response
-
-
-@web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into an OpenAI error body; internal ones say nothing of their cause."""
-    try:
-        return await handler(request)
-    except ApiError as error:
-        return _error_response(request, error)
-    except InvalidInput as error:
-        return _error_response(request, ApiError(400, str(error)))
-    except RecursionError:
-        return _error_response(request, ApiError(400, "The body is nested too deeply."))
-    except web.RequestPayloadError:
-        return _error_response(request, ApiError(400, "The body is not encoded as it says."))
-    except web.HTTPException as error:
-        return _error_response(request, ApiError(error.status, error.reason))
-    except Exception:  # noqa: BLE001 - the last resort; the log has the traceback
-        _log.exception("internal error", extra={"path": request.path})
-        return _error_response(request, ApiError(500, "Internal error of the gateway."))
-
-
 def tls_context(certificate: str, key: str) -> ssl.SSLContext:
     """Return what serves HTTPS with a certificate chain and its key (PEM files).
 
@@ -595,27 +498,6 @@ def tls_context(certificate: str, key: str) -> ssl.SSLContext:
             remedy="give PEM files that belong together",
         ) from error
     return context
-
-
-def _error_response(request: web.Request, error: ApiError) -> web.Response:
-    response = web.Response(
-        status=error.status,
-        body=error.body,
-        content_type="application/json",
-        headers=error.headers,
-    )
-    if request_id := plain_text(request.headers.get("x-request-id")):
-        response.headers["x-request-id"] = request_id
-    return response
-
-
-def _is_text(value: str) -> bool:
-    """Return whether a header's value is UTF-8; others cannot be sent on."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 async def _json(request: web.Request) -> dict[str, Any]:

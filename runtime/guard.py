@@ -24,11 +24,11 @@ from runtime.hedging import Budget
 from runtime.metrics import GatewayMetrics
 from runtime.timeouts import LearnedLimit, first_byte_s, step_s, whole_s
 
-__all__ = ["Guard", "Patience", "Switch"]
+__all__ = ["HASTE", "Guard", "Patience", "Switch", "Teacher"]
 
 _log = logging.getLogger(__name__)
 
-_HASTE = 0.1
+HASTE = 0.1
 """Share of calls that may give an endpoint up by time while its breaker is closed: where the
 whole fleet is late, sending everything twice would make it later."""
 _STATE_NUMBER = {State.CLOSED: 0.0, State.HALF_OPEN: 1.0, State.OPEN: 2.0}
@@ -47,6 +47,36 @@ class Switch(Protocol):
 
     def move_held(self) -> None:
         """Place every held call anew."""
+        ...
+
+
+class Teacher(Protocol):
+    """What an attempt's patience asks, and teaches, whoever gave it."""
+
+    @property
+    def heard_s(self) -> list[float]:
+        """When each endpoint last sent a byte of an answer, on the event loop's clock."""
+        ...
+
+    @property
+    def cap_s(self) -> float:
+        """Longest wait for a byte, wall seconds."""
+        ...
+
+    def may_give_up(self, index: int) -> bool:
+        """Return whether an attempt may be taken elsewhere because it is late."""
+        ...
+
+    def learn_first(self, patience: Patience, observed_s: float) -> None:
+        """Learn from a first byte."""
+        ...
+
+    def learn_gap(self, patience: Patience, observed_s: float) -> None:
+        """Learn from the longest silence in a stream."""
+        ...
+
+    def late_first(self, patience: Patience) -> None:
+        """Learn from a first byte that was not waited for."""
         ...
 
 
@@ -81,7 +111,7 @@ class Patience:
 
     def __init__(
         self,
-        guard: Guard,
+        guard: Teacher,
         index: int,
         *,
         forecast_s: float,
@@ -209,7 +239,7 @@ class Guard:
         self._hedge = LearnedLimit(
             multiple=1.0, floor_s=0.0, cap_s=self.cap_s, level=config.hedge_level
         )
-        self._haste = Budget(_HASTE)
+        self._haste = Budget(HASTE)
         self.hedges = Budget(config.hedge_share)
         self.heard_s = [0.0] * len(self._endpoints)
         self._boots: list[float | None] = [None] * len(self._endpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import Any
 
 from planner.dispatch.online import OnlineLatency
 from planner.dispatch.view import FleetView
@@ -124,6 +125,14 @@ class GatewayMetrics:
             ),
             label_limit=label_limit,
         )  # fmt: skip
+
+    def drain(self) -> list[Any]:
+        """Return what was counted since the last drain, for `merge` in another process."""
+        return self._registry.drain()
+
+    def merge(self, counted: Sequence[Any]) -> None:
+        """Count what another process of this gateway has counted."""
+        self._registry.merge(counted)
 
     def render(
         self,

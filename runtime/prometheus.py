@@ -6,7 +6,9 @@ Label values are positional, in the order the metric names them; callers keep th
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from operator import add
+from typing import Any
 
 __all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Registry"]
 
@@ -82,6 +84,16 @@ class Counter(Gauge):
             labels = self._capped(labels, self._values)
         self._values[labels] = self._values.get(labels, 0.0) + by
 
+    def drain(self) -> dict[Labels, float]:
+        """Return what was counted since the last drain."""
+        counted, self._values = self._values, {}
+        return counted
+
+    def merge(self, counted: Mapping[Labels, float]) -> None:
+        """Count what another process has counted."""
+        for labels, value in counted.items():
+            self.inc(*labels, by=value)
+
 
 class Histogram(_Metric):
     """Counts of observations by upper bound, with their sum.
@@ -104,12 +116,25 @@ class Histogram(_Metric):
 
     def observe(self, value: float, *labels: str, count: int = 1) -> None:
         """Count ``count`` equal observations."""
-        row = self._rows.get(labels)
-        if row is None:
-            labels = self._capped(labels, self._rows)
-            row = self._rows.setdefault(labels, [0.0] * (len(self.buckets) + 2))
+        row = self._rows.get(labels) or self._row(labels)
         row[bisect_left(self.buckets, value)] += count
         row[-1] += value * count
+
+    def _row(self, labels: Labels) -> list[float]:
+        if labels not in self._rows:
+            labels = self._capped(labels, self._rows)
+        return self._rows.setdefault(labels, [0.0] * (len(self.buckets) + 2))
+
+    def drain(self) -> dict[Labels, list[float]]:
+        """Return what was observed since the last drain."""
+        counted, self._rows = self._rows, {}
+        return counted
+
+    def merge(self, counted: Mapping[Labels, Sequence[float]]) -> None:
+        """Count what another process has observed, in the same buckets."""
+        for labels, row in counted.items():
+            own = self._row(labels)
+            own[:] = map(add, own, row)
 
     def samples(self) -> Iterable[str]:
         """Yield the cumulative buckets, the sum and the count of each label combination."""
@@ -134,12 +159,22 @@ class Registry:
         ones are counted together with every label ``other``.
     """
 
-    __slots__ = ("_metrics",)
+    __slots__ = ("_counting", "_metrics")
 
     def __init__(self, metrics: Iterable[_Metric], *, label_limit: int = _LABEL_LIMIT) -> None:
         self._metrics = tuple(metrics)
+        self._counting = [m for m in self._metrics if isinstance(m, (Counter, Histogram))]
         for metric in self._metrics:
             metric.label_limit = label_limit
+
+    def drain(self) -> list[Any]:
+        """Return what counters and histograms have counted since the last drain."""
+        return [metric.drain() for metric in self._counting]
+
+    def merge(self, counted: Iterable[Any]) -> None:
+        """Count what the same registry of another process has counted."""
+        for metric, values in zip(self._counting, counted, strict=True):
+            metric.merge(values)
 
     def render(self) -> str:
         """Return the exposition text."""

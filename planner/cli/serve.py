@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from runtime.discovery import ask_fleet
     from runtime.gateway import Gateway, tls_context
     from runtime.keys import KeyedTenancy
+    from runtime.processes.crew import Crew
     from runtime.replanning import Replanner
     from runtime.state import StateFile
     from runtime.tracing import open_tracing
@@ -99,7 +100,17 @@ def run(args: argparse.Namespace) -> int:
             state_interval_s=launch.state_interval_s,
             table_made_s=table_made_s,
         )
-        missing = await gateway.start()
+        server: Gateway | Crew = gateway
+        if launch.processes > 1:
+            server = Crew(
+                gateway,
+                host=launch.host,
+                port=launch.port,
+                workers=launch.processes,
+                certificate=launch.cert,
+                key=launch.key,
+            )
+        missing = await server.start()
         loop.add_signal_handler(signal.SIGHUP, Reload(args, gateway, config))
         try:
             if missing:
@@ -108,14 +119,14 @@ def run(args: argparse.Namespace) -> int:
                     _say(f"not ready: no answer from {silent}; start them or check their urls")
                     return 1
                 _say(f"warning: no answer from {silent}; looking again until they come up")
-            _say(f"ready: {gateway.address}, policy {launch.policy}")
+            _say(f"ready: {server.address}, policy {launch.policy}")
             async with contextlib.AsyncExitStack() as beside:
                 if replan is not None:
                     await beside.enter_async_context(Replanner(control, *replan))
                 await stop.wait()
         finally:
             loop.remove_signal_handler(signal.SIGHUP)
-            await gateway.aclose()
+            await server.aclose()
         return 0
 
     return asyncio.run(serve())

@@ -21,7 +21,14 @@ from planner.domain.errors import InvalidInput
 from runtime.bench.client import hammer
 from runtime.bench.figures import Figure, quantile
 from runtime.bench.instant import BODY, STREAM_BODY
-from runtime.bench.processes import ALMANAC, free_ports, started, write_fleet
+from runtime.bench.processes import (
+    ALMANAC,
+    family,
+    free_ports,
+    processor_s,
+    started,
+    write_fleet,
+)
 
 __all__ = ["Added", "Size", "added_figures", "measure_almanac", "measure_peer"]
 
@@ -49,6 +56,7 @@ class Added:
     p99_ms: float
     stream_ms: float
     rps: float
+    processor_ms: float
 
 
 async def measure_almanac(
@@ -98,35 +106,46 @@ async def _measure(
         for port in ports[1:]:
             engine = (sys.executable, "-m", "runtime.bench.instant", str(port))
             await running.enter_async_context(started(engine, folder / f"{port}.log", port=port))
-        await running.enter_async_context(started(command, folder / "router.log", port=up))
+        process = await running.enter_async_context(
+            started(command, folder / "router.log", port=up)
+        )
         await hammer(direct, BODY, 200)
         await hammer(router, BODY, 500)
         await hammer(router, STREAM_BODY, 50)
-        rounds = [await _round(direct, router, size) for _ in range(size.rounds)]
+        rounds = [await _round(direct, router, process.pid, size) for _ in range(size.rounds)]
     return _median(rounds)
 
 
-async def _round(direct: int, router: int, size: Size) -> Added:
+async def _round(direct: int, router: int, pid: int, size: Size) -> Added:
     straight = await hammer(direct, BODY, size.requests)
     through = await hammer(router, BODY, size.requests)
     straight_stream = await hammer(direct, STREAM_BODY, size.streams)
     through_stream = await hammer(router, STREAM_BODY, size.streams)
+    direct_rps = await _rate(direct, size)
+    used_s = processor_s(family(pid))
+    rps = await _rate(router, size)
+    used_s = processor_s(family(pid)) - used_s
     return Added(
         direct_p50_ms=1e3 * quantile(straight, 0.5),
         direct_p99_ms=1e3 * quantile(straight, 0.99),
-        direct_rps=await _rate(direct, size),
+        direct_rps=direct_rps,
         p50_ms=1e3 * (quantile(through, 0.5) - quantile(straight, 0.5)),
         p99_ms=1e3 * (quantile(through, 0.99) - quantile(straight, 0.99)),
         stream_ms=1e3 * (quantile(through_stream, 0.5) - quantile(straight_stream, 0.5)),
-        rps=await _rate(router, size),
+        rps=rps,
+        processor_ms=1e3 * used_s / (size.connections * _each(size)),
     )
 
 
 async def _rate(port: int, size: Size) -> float:
-    each = max(1, size.requests // 2)
+    each = _each(size)
     begun_s = time.perf_counter()
     await asyncio.gather(*(hammer(port, BODY, each) for _ in range(size.connections)))
     return size.connections * each / (time.perf_counter() - begun_s)
+
+
+def _each(size: Size) -> int:
+    return max(1, size.requests // 2)
 
 
 def _median(rounds: Sequence[Added]) -> Added:
@@ -145,6 +164,8 @@ def added_figures(who: str, added: Added, *, judged: bool = True) -> Iterator[Fi
     for name, value, unit, make, bar in bars:
         title = f"{who}_{'added_' if unit == 'ms' else ''}{name}"
         yield make(title, value, unit, bar) if judged else Figure.of(title, value, unit)
+    # Of router processes alone, so that a busy machine distorts it least.
+    yield Figure.of(f"{who}_processor_per_request", added.processor_ms, "ms")
     yield Figure.of(f"{who}_baseline_direct_p50", added.direct_p50_ms, "ms")
     yield Figure.of(f"{who}_baseline_direct_p99", added.direct_p99_ms, "ms")
     yield Figure.of(f"{who}_baseline_direct_requests", added.direct_rps, "1/s")

@@ -14,12 +14,22 @@ from pathlib import Path
 
 from planner.domain.errors import EndpointFailed
 
-__all__ = ["ALMANAC", "family", "free_ports", "open_files", "resident_mb", "started", "write_fleet"]
+__all__ = [
+    "ALMANAC",
+    "family",
+    "free_ports",
+    "open_files",
+    "processor_s",
+    "resident_mb",
+    "started",
+    "write_fleet",
+]
 
 ALMANAC = (sys.executable, "-m", "planner.cli.main")
 """The command, as this interpreter runs it."""
 _START_LIMIT_S = 60.0
 _STOP_LIMIT_S = 30.0
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE = resource.getpagesize()
 
 
@@ -117,6 +127,16 @@ def resident_mb(pids: Iterable[int]) -> float:
         with contextlib.suppress(OSError):
             pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * _PAGE / 1e6
+
+
+def processor_s(pids: Iterable[int]) -> float:
+    """Return the processor seconds that processes have used, those that are gone left out."""
+    ticks = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICKS_PER_S
 
 
 def open_files(pid: int) -> int:
