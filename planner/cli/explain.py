@@ -15,6 +15,7 @@ from planner.cli.explain_activations import (
     explain_activations,
     is_activation_log,
 )
+from planner.cli.explain_live import DEFAULT_KEY, ask_run
 from planner.dispatch.table import TABLE_SCHEMA, DispatchTable, Row
 from planner.domain.errors import InvalidInput
 from planner.domain.files import read_json
@@ -33,14 +34,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Of a plan: shares per call site, objective, bound and gap. Of a dispatch "
         "table: the ranked endpoints of each row with cost, share and price, the load it is valid "
         "for, and why. Of a trace: where each call of a run went, the reason given then, and the "
-        "predicted against the actual finish. Of activation records: what new tables were weighed "
-        "against, and what became of them.",
+        "predicted against the actual finish, there and at the best other endpoint. Of activation "
+        "records: what new tables were weighed against, and what became of them. With --gateway, "
+        "the same of a run that a gateway is serving or served of late.",
     )
     parser.add_argument(
         "file",
-        type=Path,
-        metavar="FILE",
-        help="plan.json, table.json, an activation record or log, or a trace (.jsonl)",
+        metavar="FILE|RUN",
+        help="plan.json, table.json, an activation record or log, or a trace (.jsonl); with "
+        "--gateway the id of a run",
+    )
+    parser.add_argument(
+        "--gateway", metavar="URL", help="ask this gateway, http://host:port, about a run"
+    )
+    parser.add_argument(
+        "--key-env",
+        default=DEFAULT_KEY,
+        metavar="NAME",
+        help="environment variable with its admin key (default: %(default)s)",
     )
     parser.add_argument("--site", metavar="SITE", help="only this call site")
     parser.add_argument("--run", metavar="RUN", help="run of a trace (default: the slowest)")
@@ -53,33 +64,50 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     InvalidInput
-        If the file is no plan, table or trace, or holds no such site or run.
+        If the file is no plan, table or trace, holds no such site or run, or the gateway does not
+        tell of the run.
     """
-    if args.file.suffix == ".jsonl" and is_activation_log(args.file):
-        facts = explain_activations(args.file)
-    elif args.file.suffix == ".jsonl":
-        facts = explain_run(load_trace(args.file), args.run, args.site, where=str(args.file))
+    facts = _live_facts(args) if args.gateway is not None else _file_facts(args)
+    print(json.dumps(facts, indent=1) if args.json else _text(facts))
+    return 0
+
+
+def _live_facts(args: argparse.Namespace) -> dict[str, Any]:
+    if args.run is not None:
+        raise InvalidInput(
+            "the run is named already", where="--run", remedy="leave it out with --gateway"
+        )
+    live = ask_run(args.file, args.gateway, args.key_env)
+    facts = explain_run(live.records, live.own.run_id, args.site, where=f"gateway {args.gateway}")
+    if live.predicted_finish_s is not None:
+        facts["facts"]["predicted_now_s"] = live.predicted_finish_s - live.own.arrival_s
+    return {**facts, "why": dict(sorted(live.why.items()))}
+
+
+def _file_facts(args: argparse.Namespace) -> dict[str, Any]:
+    path = Path(args.file)
+    if path.suffix == ".jsonl" and is_activation_log(path):
+        facts = explain_activations(path)
+    elif path.suffix == ".jsonl":
+        facts = explain_run(load_trace(path), args.run, args.site, where=str(path))
     else:
-        raw = read_json(args.file, what="plan or table")
+        raw = read_json(path, what="plan or table")
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if args.run is not None and schema in (PLAN_SCHEMA, TABLE_SCHEMA):
-            raise InvalidInput(
-                "only a trace has runs", where=str(args.file), remedy="leave --run out"
-            )
+            raise InvalidInput("only a trace has runs", where=str(path), remedy="leave --run out")
         if schema == PLAN_SCHEMA:
-            facts = explain_plan(Plan.from_json(raw, str(args.file)), args.site)
+            facts = explain_plan(Plan.from_json(raw, str(path)), args.site)
         elif schema == ACTIVATION_SCHEMA:
             facts = explain_activation(raw)
         elif schema == TABLE_SCHEMA:
-            facts = explain_table(DispatchTable.from_json(raw, str(args.file)), args.site)
+            facts = explain_table(DispatchTable.from_json(raw, str(path)), args.site)
         else:
             raise InvalidInput(
                 f"schema {schema!r} is neither a plan nor a dispatch table",
-                where=str(args.file),
+                where=str(path),
                 remedy="give plan.json or table.json of `almanac plan`, or a trace (.jsonl)",
             )
-    print(json.dumps(facts, indent=1) if args.json else _text(facts))
-    return 0
+    return facts
 
 
 def explain_plan(plan: Plan, site: str | None = None) -> dict[str, Any]:
@@ -208,8 +236,21 @@ def _call_row(one: CallRecord, origin_s: float) -> dict[str, Any]:
         "predicted_output_tokens": one.predicted_output_tokens,
         "output_tokens": one.output_tokens,
         "in_flight": one.in_flight,
+        "runner_up": one.runner_up,
+        "runner_up_finish_s": since(one.runner_up_finish_s, origin_s),
+        "runner_up_excess_s": one.runner_up_excess_s,
+        "decided_by": _decided_by(one),
         "status": one.status,
     }
+
+
+def _decided_by(one: CallRecord) -> str | None:
+    """Return which part of the score made the difference to the runner-up, if it is known."""
+    here_s, there_s = one.predicted_finish_s, one.runner_up_finish_s
+    if here_s is None or there_s is None:
+        return None
+    # Where the call itself would have been done earlier, only delay of others or prices are left.
+    return "own finish" if here_s <= there_s else "cost to others"
 
 
 def _check_site(site: str | None, known: Sequence[str], where: str) -> None:
@@ -237,9 +278,24 @@ def _text(facts: dict[str, Any]) -> str:
                 heading,
                 _grid(group, ("rank", "endpoint", "cost_s", "share", "price")),
             ]
+    elif rows and facts["kind"] == "run":
+        lines += ["", "choice, seconds from the run's arrival", _grid(rows, _CHOICE)]
+        lines += ["", "outcome", _grid(rows, _OUTCOME)]
     elif rows:
         lines += ["", _grid(rows, tuple(rows[0]))]
+    lines += [f"table on {site}: {reason}" for site, reason in facts.get("why", {}).items()]
     return "\n".join(lines)
+
+
+_CHOICE = (
+    "site", "endpoint", "reason", "in_flight", "ready_s", "predicted_finish_s", "runner_up",
+    "runner_up_finish_s", "runner_up_excess_s", "decided_by",
+)  # fmt: skip
+_OUTCOME = (
+    "site", "endpoint", "waiting_s", "ttft_s", "decode_s", "finish_s", "prompt_tokens",
+    "cached_tokens", "predicted_output_tokens", "output_tokens", "status",
+)  # fmt: skip
+"""Columns of a run's calls for people; the JSON has all."""
 
 
 def _grid(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

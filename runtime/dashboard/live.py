@@ -148,6 +148,8 @@ class LiveView:
             "speed": None if row is None else round(speed_s(row.row) / speed_s(row.prior), 4),
             "observations": 0 if row is None else row.observations,
             "drifting": row is not None and row.drifting,
+            # Of late over what was learned at first; above 1 is slower than usual.
+            "drift_ratio": None if row is None else round(row.ratio, 4),
             "regret_s": _mean(regrets),
             "regret_calls": len(regrets),
         }
