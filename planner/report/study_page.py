@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 from planner import __version__
 from planner.domain.files import atomic_write
-from planner.report.plots import DASHES, MARKERS, PALETTE, STYLE, new_figure, to_png
+from planner.report.drawing import STYLE, new_figure, to_png
+from planner.report.plots import LoadPoint, draw_load_curves
 
 __all__ = ["load_plot", "write_study_page"]
 
@@ -65,26 +66,20 @@ def load_plot(settings: Sequence[Setting]) -> Figure:
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
         names = list(dict.fromkeys(p["policy"] for one in settings for p in one["policies"]))
         for axes, (title, group) in zip(grid, panels.items(), strict=False):
-            for position, name in enumerate(names):
-                points = [
-                    (one["setting"]["load"], policy["metrics"]["mean_s"]["mean"])
-                    for one in group
-                    for policy in one["policies"]
-                    if policy["policy"] == name and policy["metrics"]["mean_s"]
-                ]
-                if points:
-                    axes.plot(
-                        *zip(*sorted(points), strict=True),
-                        color=PALETTE[position % len(PALETTE)],
-                        linestyle=DASHES[position % len(DASHES)],
-                        marker=MARKERS[position % len(MARKERS)],
-                        markersize=4,
-                        linewidth=2.2 if name.startswith("almanac") else 1.2,
-                        label=name,
-                    )
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            draw_load_curves(
+                axes,
+                {
+                    name: [
+                        LoadPoint(
+                            load=one["setting"]["load"], value_s=policy["metrics"]["mean_s"]["mean"]
+                        )
+                        for one in group
+                        for policy in one["policies"]
+                        if policy["policy"] == name and policy["metrics"]["mean_s"]
+                    ]
+                    for name in names
+                },
+            )
             axes.set_title(title)
             axes.set_xlabel("load (arrival rate / capacity)")
             axes.set_ylabel("mean run latency (s)")

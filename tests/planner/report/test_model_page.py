@@ -1,12 +1,8 @@
 """The model report: pictures and one self-contained page."""
 
-from planner.report.model_page import (
-    calibration_plot,
-    latency_plot,
-    reliability_plot,
-    write_model_page,
-)
-from planner.report.plots import to_png
+from planner.report.drawing import to_png
+from planner.report.model_page import write_model_page
+from planner.report.model_plots import calibration_plot, latency_plot, reliability_plot
 
 LEVELS = (0.05, 0.5, 0.9)
 CALIBRATION = [
