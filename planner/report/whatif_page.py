@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from planner import __version__
 from planner.domain.files import atomic_write
-from planner.report.plots import DASHES, GREY, MARKERS, PALETTE, STYLE, new_figure, to_png
+from planner.report.drawing import DASHES, GREY, MARKERS, PALETTE, STYLE, new_figure, to_png
 
 __all__ = ["grid_figure", "write_grid_page"]
 

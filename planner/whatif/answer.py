@@ -56,15 +56,27 @@ class Effort:
         Metrics to bound; empty leaves bounds out.
     level
         Coverage of the intervals, in (0, 1).
+    first_seed
+        Seeds count from here, >= 0: other seeds are other runs.
     """
 
     seeds: int = 6
     runs: int = 150
     bounds: tuple[Metric, ...] = ("mean_s", "p95_s")
     level: float = LEVEL
+    first_seed: int = 0
+
+    @property
+    def all_seeds(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def __post_init__(self) -> None:
-        for value, least, name in ((self.seeds, 2, "seeds"), (self.runs, 20, "runs")):
+        for value, least, name in (
+            (self.seeds, 2, "seeds"),
+            (self.runs, 20, "runs"),
+            (self.first_seed, 0, "first seed"),
+        ):
             if value < least:
                 raise InvalidInput(f"{value}", where=name, remedy=f"use at least {least}")
         if not 0 < self.level < 1:
@@ -190,11 +202,11 @@ def ask(
         table = None if document is None else DispatchTable.from_json(document)
         samples: list[Task] = [
             SampleTask(question=one, seed=seed, runs=effort.runs, table=table)
-            for seed in range(effort.seeds)
+            for seed in effort.all_seeds
         ]
         bounds: list[Task] = [
             BoundTask(question=one, seed=seed, runs=effort.runs, metrics=effort.bounds)
-            for seed in range(effort.seeds if effort.bounds else 0)
+            for seed in (effort.all_seeds if effort.bounds else ())
         ]
         tasks[one.key] = samples + bounds
     store.results([task for group in tasks.values() for task in group])

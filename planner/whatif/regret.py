@@ -15,10 +15,11 @@ information   placements by local search that knows all runs, lengths and arriva
 ============= ====================================================================================
 
 What remains of a run is known exactly in ``order``, so a part of what it shows is information,
-too. Parts depend on the order of the steps; this one goes from what is least to most work to mend. The
-search is not exhaustive, so ``information`` is what is known to be there; the distance from the
-best found to the bound is open. What the engine model does not reproduce of the recorded latency
-is shown on its own (``model``), and is no part of the excess.
+too. Parts depend on the order of the steps; this one goes from what is least to most work to mend.
+The search is not exhaustive, so ``information`` is what is known to be there; the distance from
+the best found to the bound is open. What the engine model does not reproduce of the recorded
+latency (the queues that the window began with among it) is shown on its own, and is no part of the
+excess.
 """
 
 from __future__ import annotations

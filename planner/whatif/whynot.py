@@ -301,7 +301,7 @@ class _Search:
             BoundTask(
                 question=changed, seed=seed, runs=self._effort.runs, metrics=self._effort.bounds
             )
-            for seed in range(self._effort.seeds)
+            for seed in self._effort.all_seeds
         ]
         documents = self._store.results(tasks)
         values = [one["values"].get(self._target.metric) for one in documents]
