@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,20 @@ def register(subparsers: Any) -> None:
         description="Compare policies over a grid of fleets, loads and workflow mixes on the same "
         "simulated runs. Policies with parameters are tuned on other seeds with equal budgets. "
         "Each finished simulation is kept in the output folder: a study that was interrupted goes "
-        "on where it was. Writes results.json and report.html there.",
+        "on where it was. Writes results.json, bars.json and report.html there.",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--study", metavar="NAME", default="smoke",
-        help="value (fleets x loads x KV) or smoke (two settings) (default: %(default)s)",
+        help="standard (all factors, all policies), agentir, ablation, forecasts, acceptance "
+        "(what the papers claim), regimes, value (fleets x loads x KV) or smoke (two settings) "
+        "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="study folder")
+    which.add_argument(
+        "--smoke", action="store_const", const="smoke", dest="study",
+        help="a short run of the whole machinery: the same as --study smoke",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="study folder (default: data/results/DATE_STUDY)")
     parser.add_argument("--seeds", type=int, help="replications (default: the study's)")
     parser.add_argument("--runs", type=int, help="runs per seed (default: the study's)")
     parser.add_argument(
@@ -42,7 +50,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--policies", metavar="A,B",
-        help="policies to compare, as name or name:key=value+key=value (default: the study's)",
+        help="policies to compare, as [label=]name[-variant][:key=value+key=value] (default: the "
+        "study's, and those that its claims need)",
     )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, help="folder of the public datasets, for recorded arrivals"
@@ -52,32 +61,37 @@ def register(subparsers: Any) -> None:
         help="use the simulations that the folder already holds (default: yes)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="name the settings and stop")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--json", action="store_true", help="print the bars as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from planner.study.grid import run_clairvoyant, run_study
+    from planner.study.grid import run_bounds, run_clairvoyant, run_study
     from planner.study.outcome import document, save_document, study_table
 
     at_least(args, seeds=1, runs=10, jobs=1)
-    out_folder(args.out, "--out")
     study = _study(args)
     if args.list:
         for setting in study.settings:
             print(setting.name)
         return 0
-    outcomes = run_study(
-        study, args.out, jobs=args.jobs, data=args.data, resume=args.resume, progress=progress
+    out = args.out or Path(
+        "data", "results", f"{datetime.now().astimezone():%Y-%m-%d}_{study.name}"
     )
-    known = run_clairvoyant(study, args.out, jobs=args.jobs, data=args.data, progress=progress)
-    found = document(study, outcomes, known)
-    save_document(found, args.out / "results.json")
+    out_folder(out, "--out")
+    outcomes = run_study(
+        study, out, jobs=args.jobs, data=args.data, resume=args.resume, progress=progress
+    )
+    known = run_clairvoyant(study, out, jobs=args.jobs, data=args.data, progress=progress)
+    limits = run_bounds(study, out, jobs=args.jobs, data=args.data)
+    found = document(study, outcomes, known, limits)
+    save_document(found, out / "results.json")
+    save_document(found["bars"], out / "bars.json")
     from planner.report.study_page import write_study_page  # matplotlib is slow to load
 
-    progress(f"wrote {write_study_page(found, args.out / 'report.html')}")
-    print(json.dumps(found) if args.json else study_table(found))
+    progress(f"wrote {write_study_page(found, out / 'report.html')}")
+    print(json.dumps(found["bars"], indent=1) if args.json else study_table(found))
     return 0
 
 
@@ -90,7 +104,7 @@ def _study(args: argparse.Namespace) -> Study:
     study = replace(study, settings=chosen_settings(study, args.settings))
     if args.policies:
         names = [part.strip().replace("+", ",") for part in args.policies.split(",")]
-        study = replace(study, policies=tuple(filter(None, names)))
+        study = replace(study, policies=tuple(filter(None, names)), claims=())
     if args.seeds:
         study = replace(study, seeds=args.seeds)
     if args.runs:

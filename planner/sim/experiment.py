@@ -173,6 +173,8 @@ def tune(
     setup: PolicySetup,
     score: Callable[[Sequence[PolicySetup]], Sequence[float]],
     progress: Callable[[str], Any] | None = None,
+    *,
+    grid: Sequence[tuple[str, Sequence[float]]] | None = None,
 ) -> PolicySetup:
     """Return the setup with its parameters tuned one after the other.
 
@@ -183,8 +185,11 @@ def tune(
     score
         Returns what is to be least of each setup on the tuning runs, the same for all of them;
         see `tuning_score_s`.
+    grid
+        Parameters with their values, the starting value first; the policy's own unless given.
     """
-    grid = GRIDS.get(setup.policy)
+    if grid is None:
+        grid = GRIDS.get(setup.policy, ())
     if not grid:
         return setup
     best = setup.with_parameters({name: values[0] for name, values in grid})

@@ -35,7 +35,7 @@ from planner.domain.trace import save_trace
 from planner.domain.workflow import save_workflow
 from planner.sim.kernel import simulate
 from planner.sim.workload import poisson_arrivals
-from planner.study.lengths import plain
+from planner.study.lengths import plain, pooled
 from planner.study.loads import capacity_rps
 from planner.study.mixes import Mix
 
@@ -181,9 +181,8 @@ def _noisy(table: EstimateTable) -> EstimateTable:
 def _pooled(table: EstimateTable) -> EstimateTable:
     sites = [site for one in table.workflows.values() for site in one.sites.values()]
     delays = [delay for one in table.workflows.values() for delay in one.tools.values()]
-    # Sites count by how often they were seen, as a mean over all calls would.
-    lengths = _mean([site.output_tokens for site in sites])
-    tool = _mean(delays) if delays else None
+    lengths = pooled([site.output_tokens for site in sites])
+    tool = pooled(delays) if delays else None
     workflows = {
         key: replace(
             one,
@@ -194,16 +193,6 @@ def _pooled(table: EstimateTable) -> EstimateTable:
         for key, one in table.workflows.items()
     }
     return replace(table, workflows=workflows, version=f"{table.version}-type_mean")
-
-
-def _mean(parts: list[Quantiles]) -> Quantiles:
-    weights = np.array([max(1, part.count) for part in parts], dtype=float)
-    weights /= weights.sum()
-    return Quantiles(
-        values=tuple((weights @ np.array([part.values for part in parts])).tolist()),
-        mean=float(weights @ np.array([part.mean for part in parts])),
-        provenance="learned",
-    )
 
 
 def _dealt(table: EstimateTable) -> EstimateTable:

@@ -11,8 +11,9 @@ text, not the text of their parent; a fan-out is a choice among a few widths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.domain.estimates import Quantiles, SiteEstimate, WorkflowEstimate
 from planner.domain.ids import NodeId, SiteId
@@ -290,6 +291,16 @@ _STAGED = _Sketch(
 )
 
 
+def _varied_tools(sketch: _Sketch, name: str, cv: float) -> _Sketch:
+    """Return the workflow with tools of the same means and another coefficient of variation."""
+    sigma = math.sqrt(math.log1p(cv * cv))
+    tools = {tool: (mean_s, sigma) for tool, (mean_s, _) in sketch.tools.items()}
+    return replace(sketch, name=name, tools=tools)
+
+
+_CVS = (0.5, 1.0, 3.0)
+
+
 def _independent(sketch: _Sketch) -> Template:
     return Template(workflow=sketch.workflow(), truth=sketch.truth())
 
@@ -323,10 +334,14 @@ def _correlated(sketch: _Sketch, *, shuffled: bool) -> Template:
 TEMPLATES: Mapping[str, Template] = {
     **{
         sketch.name: _independent(sketch)
-        for sketch in (_RAG, _REACT, _EXTRACTION, _MAPREDUCE, _TREE, _TOOL_HEAVY, _CHAT)
+        for sketch in (
+            *(_RAG, _REACT, _EXTRACTION, _MAPREDUCE, _TREE, _TOOL_HEAVY, _CHAT),
+            *(_varied_tools(_TOOL_HEAVY, f"tools_cv{cv:g}", cv) for cv in _CVS),
+        )
     },
     "staged": _correlated(_STAGED, shuffled=False),
     "staged_shuffled": _correlated(_STAGED, shuffled=True),
 }
 """Workflows by name. ``staged`` has runs whose stages are all short or all long, and
-``staged_shuffled`` the same marginals without that."""
+``staged_shuffled`` the same marginals without that. ``tools_cv1`` is ``tool_heavy`` with tools of
+coefficient of variation 1, and so on."""

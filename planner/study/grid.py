@@ -7,10 +7,11 @@ The study folder holds
     alone/*.json       latency of each run alone on the idle fleet, by seed
     cells/*.json       one result each, tuning cells included
     clairvoyant/*.json what knowing all lengths gains, by setting and seed
+    bounds/*.json      mean latency that no policy beats, by setting and seed
 
-A cell's file is named by a hash of all that its result depends on: setting, policy, parameters,
-table, seed, number of runs, and `CODE_SCHEMA`. So an interrupted study goes on where it was, and
-studies with common cells share them in one folder. Tuning is replayed from its cells.
+A cell's file is named by a hash of all that its result depends on: setting, policy, variant,
+parameters, table, seed, number of runs, and `CODE_SCHEMA`. So an interrupted study goes on where it
+was, and studies with common cells share them in one folder. Tuning is replayed from its cells.
 """
 
 from __future__ import annotations
@@ -28,40 +29,55 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
-from planner.dispatch.policies import parse_policy
+from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.run import RunSpec
 from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune
+from planner.study.ablation import VARIANTS, VariedSetup
 from planner.study.clairvoyant import Clairvoyant, estimate
+from planner.study.entries import Entry, parse_entry
 from planner.study.loads import capacity_rps
 from planner.study.measure import CellResult, measure, standalone_s
 from planner.study.mixes import joined, split_table
 from planner.study.settings import Setting, workload
 from planner.study.studies import Study
 
-__all__ = ["CODE_SCHEMA", "Outcome", "chosen_settings", "run_clairvoyant", "run_study"]
+__all__ = [
+    "CODE_SCHEMA",
+    "Outcome",
+    "chosen_settings",
+    "run_bounds",
+    "run_clairvoyant",
+    "run_study",
+]
 
-CODE_SCHEMA = 2
+CODE_SCHEMA = 3
 """Raised when a change of the code makes earlier cells incomparable."""
 TUNING_SEED = 1000
 """Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
 PLANNED_LOADS = (0.4, 0.6, 0.8, 0.9)
 """Loads that a dispatch table is planned for; it serves every load of its fleet and mix."""
 CLAIRVOYANT_RUNS, CLAIRVOYANT_SEEDS = 80, 2
+BOUND_SEEDS = 2
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One policy in one setting: its tuned setup and a result per seed."""
+    """One entry in one setting: its tuned setup and a result per seed."""
 
     setting: Setting
-    policy: str
+    entry: Entry
     setup: PolicySetup
     results: Mapping[int, CellResult]
+
+    @property
+    def policy(self) -> str:
+        """Its name in tables."""
+        return self.entry.label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +92,16 @@ class _Job:
     data: Path | None
 
     @property
+    def variant(self) -> str | None:
+        return self.setup.variant if isinstance(self.setup, VariedSetup) else None
+
+    @property
     def key(self) -> str:
         document = {
             "schema": CODE_SCHEMA,
             "setting": _content(self.setting),
             "policy": self.setup.policy,
+            "variant": self.variant,
             "parameters": {k: repr(v) for k, v in sorted(self.setup.shown_parameters.items())},
             "table": self.setup.table.version if self.setup.table else None,
             "seed": self.seed,
@@ -140,37 +161,39 @@ def run_study(
     InvalidInput
         If a policy or a setting is unknown, or data is missing.
     """
-    for name in study.policies:
-        parse_policy(name)
+    entered = {
+        setting: [parse_entry(text) for text in study.policies_in(setting)]
+        for setting in study.settings
+    }
+    for setting in study.settings:
+        workload(setting, 0, 1, data=data)  # missing data is no news for the second hour
     for name in ("forecasts", "tables", "alone", "cells"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     runner = _Runner(folder=folder, jobs=jobs, data=data, resume=resume, progress=progress)
     # What cells share is made first and once: two processes must not both train it.
-    setups = {}
-    for setting in study.settings:
+    setups = []
+    for setting, entries in entered.items():
         progress(f"preparing {setting.name}")
         _world(setting, folder)
-        for name in study.policies:
-            setups[setting, name] = _setup(setting, name, folder, progress)
+        setups += [(setting, one, _setup(setting, one, folder, progress)) for one in entries]
     with Parallel(n_jobs=jobs, return_as="generator_unordered") as pool:
         runner.pool = pool
         outcomes = []
-        evaluated = []
-        for (setting, name), setup in setups.items():
-            if not parse_policy(name)[1]:
-                setup = runner.tuned(setting, setup, study)
-            evaluated.append((setting, name, setup))
+        evaluated = [
+            (setting, entry, runner.tuned(setting, entry, setup, study) if study.tuned else setup)
+            for setting, entry, setup in setups
+        ]
         cells = [
             _Job(setting=s, setup=setup, seed=seed, runs=study.runs, folder=folder, data=data)
             for s, _, setup in evaluated
             for seed in range(study.seeds)
         ]
         results = iter(runner.results(cells, "evaluation"))
-        for setting, name, setup in evaluated:
+        for setting, entry, setup in evaluated:
             outcomes.append(
                 Outcome(
                     setting=setting,
-                    policy=name,
+                    entry=entry,
                     setup=setup,
                     results={seed: next(results) for seed in range(study.seeds)},
                 )
@@ -218,6 +241,45 @@ def _clairvoyant(
     return Clairvoyant(**read_json(file, what="clairvoyant estimate"))
 
 
+def run_bounds(
+    study: Study,
+    folder: Path,
+    *,
+    jobs: int = 2,
+    data: Path | None = None,
+) -> dict[Setting, dict[int, float]]:
+    """Return the mean latency, s, that no policy beats, by setting and seed, of a few seeds.
+
+    Of whole workloads, warm-up included; see `planner.solve.workload_bounds`. Closed loops have
+    none: when their runs arrive is up to the policy.
+    """
+    if not study.bounds:
+        return {}
+    (folder / "bounds").mkdir(parents=True, exist_ok=True)
+    wanted = [
+        (one, seed)
+        for one in study.settings
+        if one.arrivals != "closed"
+        for seed in range(min(BOUND_SEEDS, study.seeds))
+    ]
+    pool = Parallel(n_jobs=jobs, return_as="generator")
+    done = pool(delayed(_bound_s)(one, seed, study.runs, folder, data) for one, seed in wanted)
+    found: dict[Setting, dict[int, float]] = {}
+    for (setting, seed), bound_s in zip(wanted, done, strict=True):
+        found.setdefault(setting, {})[seed] = bound_s
+    return found
+
+
+def _bound_s(setting: Setting, seed: int, runs: int, folder: Path, data: Path | None) -> float:
+    file = folder / "bounds" / f"{_hash([CODE_SCHEMA, _content(setting), seed, runs])}.json"
+    if not file.exists():
+        from planner.solve.workload_bounds import workload_bound
+
+        specs = workload(setting, seed, runs, data=data)
+        _write(file, {"mean_s": workload_bound(specs, setting.make_fleet()).mean_s})
+    return float(read_json(file, what="bound of a workload")["mean_s"])
+
+
 @dataclass(slots=True, kw_only=True)
 class _Runner:
     folder: Path
@@ -227,7 +289,9 @@ class _Runner:
     progress: Progress
     pool: Parallel | None = None
 
-    def tuned(self, setting: Setting, setup: PolicySetup, study: Study) -> PolicySetup:
+    def tuned(
+        self, setting: Setting, entry: Entry, setup: PolicySetup, study: Study
+    ) -> PolicySetup:
         def score(candidates: Sequence[PolicySetup]) -> list[float]:
             cells = [
                 _Job(
@@ -237,12 +301,12 @@ class _Runner:
                 for one in candidates
                 for k in range(study.tuning_seeds)
             ]  # fmt: skip
-            results = self.results(cells, f"tuning {setup.policy} in {setting.name}")
+            results = self.results(cells, f"tuning {entry.label} in {setting.name}")
             scores = [_score_s(result) for result in results]
             size = study.tuning_seeds
             return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
-        return tune(setup, score)
+        return tune(setup, score, grid=entry.grid)
 
     def results(self, cells: Sequence[_Job], what: str) -> list[CellResult]:
         """Return the results of cells, in their order; those on file are read."""
@@ -301,14 +365,20 @@ def _simulate(job: _Job) -> str:
     runs = _workload(job.setting, job.seed, job.runs, job.data)
     world = _world(job.setting, job.folder)
     alone = _alone(job, runs, world)
+    if job.variant is not None:
+        variant = VARIANTS[job.setup.policy][job.variant]
+        forecaster = _forecaster(job.setting, job.folder, job.setup.policy, job.variant)
+        world = replace(world, forecaster=forecaster, retention=variant.retention)
     records = run_cell(
         Cell(setup=job.setup, seed=job.seed, runs=runs, world=world), time.perf_counter
     )
-    result = measure(records, runs, alone)
+    belady = job.setting.kv == "scarce" and job.seed < TUNING_SEED
+    result = measure(records, runs, alone, world.fleet, belady=belady)
     document = {
         "schema": CODE_SCHEMA,
         "setting": job.setting.name,
         "policy": job.setup.policy,
+        "variant": job.variant,
         "parameters": {k: repr(v) for k, v in sorted(job.setup.shown_parameters.items())},
         "seed": job.seed,
         "result": result.to_json(),
@@ -338,19 +408,32 @@ def _alone(job: _Job, runs: Sequence[RunSpec], world: World) -> list[float]:
     return found
 
 
-def _setup(setting: Setting, text: str, folder: Path, progress: Progress) -> PolicySetup:
-    name, parameters = parse_policy(text)
-    table = _table(setting, folder, progress) if name == "almanac" else None
-    return PolicySetup(policy=name, parameters=parameters, table=table)
+@lru_cache(maxsize=8)
+def _forecaster(setting: Setting, folder: Path, policy: str, variant: str) -> Forecaster:
+    """Return what a variant of a policy may believe."""
+    known, change = _world(setting, folder).forecaster, VARIANTS[policy][variant].forecasts
+    return known if change is None else change(known, setting.make_fleet())
 
 
-def _table(setting: Setting, folder: Path, progress: Progress) -> DispatchTable:
+def _setup(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> PolicySetup:
+    table = _table(setting, entry, folder, progress) if entry.policy == "almanac" else None
+    setup = PolicySetup(policy=entry.policy, parameters=entry.parameters, table=table)
+    if entry.variant is None:
+        return setup
+    fields = {name: getattr(setup, name) for name in PolicySetup.__dataclass_fields__}
+    return VariedSetup(**fields, variant=entry.variant).with_parameters(entry.change.fixed)
+
+
+def _table(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> DispatchTable:
     """Return the dispatch table of a setting's fleet, mix and forecasts; the same at each load."""
     from planner.solve.budget import Budget
     from planner.study.tables import plan_table
 
     world, mix = _world(setting, folder), setting.make_mix()
-    estimates = world.forecaster.estimates
+    forecaster = world.forecaster
+    if entry.variant is not None:
+        forecaster = _forecaster(setting, folder, entry.policy, entry.variant)
+    estimates = forecaster.estimates
     key = _hash([CODE_SCHEMA, world.fleet.content_hash(), mix.fingerprint, estimates.version])
     file = folder / "tables" / f"{key}.json"
     if file.exists():

@@ -16,7 +16,7 @@ import numpy as np
 
 from planner.domain.estimates import LEVELS, Quantiles
 
-__all__ = ["LogNormal", "Mixture", "lognormal", "mixture", "plain"]
+__all__ = ["LogNormal", "Mixture", "lognormal", "mixture", "plain", "pooled"]
 
 _NORMAL = NormalDist()
 _EDGE = 1e-12
@@ -110,3 +110,14 @@ def mixture(shares: Sequence[float], parts: Sequence[Quantiles]) -> Mixture:
 def plain(quantiles: Quantiles, provenance: str = "declared") -> Quantiles:
     """Return what a forecaster may see of a truth: its quantiles and its mean."""
     return Quantiles(values=quantiles.values, mean=quantiles.mean, provenance=provenance)
+
+
+def pooled(parts: Sequence[Quantiles]) -> Quantiles:
+    """Return the mean of quantiles, each weighted by how often it was observed."""
+    weights = np.array([max(1, part.count) for part in parts], dtype=float)
+    weights /= weights.sum()
+    return Quantiles(
+        values=tuple((weights @ np.array([part.values for part in parts])).tolist()),
+        mean=float(weights @ np.array([part.mean for part in parts])),
+        provenance="learned",
+    )

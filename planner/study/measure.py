@@ -1,4 +1,4 @@
-"""What a study reports of one cell: run metrics, stretch, fairness, text computed again."""
+"""What a study reports of one cell: run metrics, stretch, goodput, fairness, caches, KV in use."""
 
 from __future__ import annotations
 
@@ -10,17 +10,30 @@ import numpy as np
 
 from planner.dispatch.policies import make_policy
 from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
+from planner.domain.fleet import Fleet
+from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
 from planner.metrics import RunMetrics, summarise
-from planner.sim.experiment import World
+from planner.sim.belady import cost_ratio
+from planner.sim.experiment import World, mean_latency_s
 from planner.sim.kernel import simulate
 
-__all__ = ["CellResult", "jain_index", "measure", "refilled_tokens", "standalone_s"]
+__all__ = [
+    "GOOD_SCALE",
+    "CellResult",
+    "endpoint_use",
+    "jain_index",
+    "measure",
+    "refilled_tokens",
+    "standalone_s",
+]
 
 WARM_UP = 0.15
 """Share of the runs, the first to arrive, that is simulated and not counted: the fleet is empty
 when they come, and no text is cached."""
+GOOD_SCALE = 5.0
+"""A run without a deadline is good if it takes no longer than this many times its time alone."""
 _IDLE_S = 10_000.0
 """Time between two runs on an idle fleet: longer than any run lasts."""
 
@@ -39,8 +52,20 @@ class CellResult:
         Jain's index of the stretches, 1 if all runs are slowed alike.
     refilled_tokens
         Prompt tokens computed anew where they had been before; see `refilled_tokens`.
+    goodput_rps
+        Runs per second that kept their deadline, or `GOOD_SCALE` if they had none.
+    kv_usage, busy_spread
+        See `endpoint_use`; warm-up included.
+    belady_ratio
+        Blocks computed over those that Belady's rule would compute, see `planner.sim.belady`;
+        None where it was not asked for.
+    all_mean_s
+        Mean latency of all runs, warm-up included: what bounds of whole workloads bound.
+    stretches
+        Of the runs behind the figures, increasing.
     tenants
-        By tenant: runs, mean_s, stretch_p95, and the share of runs within their deadline.
+        By tenant: runs, mean_s, stretch_p95, stretch_p99, and the share of runs within their
+        deadline.
     """
 
     metrics: RunMetrics
@@ -49,26 +74,48 @@ class CellResult:
     stretch_p99: float | None = None
     jain: float | None = None
     refilled_tokens: int = 0
+    goodput_rps: float | None = None
+    kv_usage: float | None = None
+    busy_spread: float | None = None
+    belady_ratio: float | None = None
+    all_mean_s: float | None = None
+    stretches: tuple[float, ...] = ()
     tenants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def refilled_share(self) -> float | None:
+        """Share of the prefilled tokens that had been computed there before."""
+        done = self.metrics.prefilled_tokens
+        return self.refilled_tokens / done if done else None
+
     def value(self, metric: str) -> float | None:
-        """Return a figure by name, of the cell or of its run metrics."""
+        """Return a figure by name: of the cell, its run metrics, or ``tenants.NAME.FIGURE``."""
+        if metric.startswith("tenants."):
+            _, tenant, figure = metric.split(".")
+            return self.tenants.get(tenant, {}).get(figure)
         holder = self.metrics if metric in RunMetrics.__dataclass_fields__ else self
         found = getattr(holder, metric)
         return None if found is None else float(found)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {**asdict(self), "metrics": self.metrics.to_json()}
+        stretches = [round(value, 4) for value in self.stretches]
+        return {**asdict(self), "metrics": self.metrics.to_json(), "stretches": stretches}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str) -> CellResult:
         """Rebuild a result, or raise `InvalidInput`."""
-        return cls(**{**raw, "metrics": RunMetrics.from_json(raw["metrics"], where)})
+        metrics = RunMetrics.from_json(raw["metrics"], where)
+        return cls(**{**raw, "metrics": metrics, "stretches": tuple(raw["stretches"])})
 
 
 def measure(
-    records: Sequence[TraceRecord], runs: Sequence[RunSpec], alone_s: Sequence[float]
+    records: Sequence[TraceRecord],
+    runs: Sequence[RunSpec],
+    alone_s: Sequence[float],
+    fleet: Fleet,
+    *,
+    belady: bool = False,
 ) -> CellResult:
     """Return the figures of a cell.
 
@@ -80,6 +127,9 @@ def measure(
         Its runs, in order of arrival.
     alone_s
         Latency of each run alone on the idle fleet, s, in the same order.
+    belady
+        Whether to replay the cache under Belady's rule, which takes about as long as a tenth of
+        the simulation.
     """
     skipped = {run.run_id for run in runs[: int(WARM_UP * len(runs))]}
     counted = [one for one in records if one.run_id not in skipped]
@@ -87,15 +137,59 @@ def measure(
     ended = [one for one in counted if isinstance(one, RunRecord) and one.status == "ok"]
     stretches = [(one.finish_s - one.arrival_s) / max(alone[one.run_id], 1e-3) for one in ended]  # type: ignore[index]
     known = bool(stretches)
+    metrics = summarise(counted)
+    good = [_good(one, stretch) for one, stretch in zip(ended, stretches, strict=True)]
+    kv_usage, busy_spread = endpoint_use(records, fleet)
     return CellResult(
-        metrics=summarise(counted),
+        metrics=metrics,
         stretch_mean=float(np.mean(stretches)) if known else None,
         stretch_p95=float(np.percentile(stretches, 95)) if known else None,
         stretch_p99=float(np.percentile(stretches, 99)) if known else None,
         jain=jain_index(stretches) if known else None,
         refilled_tokens=refilled_tokens(records, runs, skipped),
+        goodput_rps=float(np.mean(good)) * (metrics.throughput_rps or 0.0) if known else None,
+        kv_usage=kv_usage,
+        busy_spread=busy_spread,
+        belady_ratio=cost_ratio(runs, records, fleet) if belady else None,
+        all_mean_s=mean_latency_s(records) if known else None,
+        stretches=tuple(sorted(stretches)),
         tenants=_tenants(ended, stretches),
     )
+
+
+def _good(run: RunRecord, stretch: float) -> bool:
+    if run.deadline_s is None:
+        return stretch <= GOOD_SCALE
+    return run.finish_s - run.arrival_s <= run.deadline_s
+
+
+def endpoint_use(records: Sequence[TraceRecord], fleet: Fleet) -> tuple[float | None, float | None]:
+    """Return the mean share of KV in use, and how far apart the endpoints' busy shares are.
+
+    Both from the first arrival to the last finish, over endpoints that answer (a prefill endpoint
+    holds its KV only until it has moved on). A call holds its prompt and half its answer from its
+    first token to its end; text that only a cache holds does not count. The busy share of an
+    endpoint is the mean share of its slots taken; the spread is the largest less the least.
+    """
+    held = {one.id: 0.0 for one in fleet.endpoints if one.role != "prefill"}
+    busy = dict(held)
+    first_s, last_s = float("inf"), 0.0
+    for one in records:
+        if isinstance(one, RunRecord):
+            first_s, last_s = min(first_s, one.arrival_s), max(last_s, one.finish_s)
+        if not isinstance(one, CallRecord) or one.status != "ok" or one.finish_s is None:
+            continue
+        since_s = one.sent_s if one.first_token_s is None else one.first_token_s
+        name = EndpointId(one.endpoint)
+        held[name] += (one.prompt_tokens + one.output_tokens / 2) * (one.finish_s - since_s)
+        busy[name] += one.finish_s - one.sent_s
+    if not last_s > first_s:
+        return None, None
+    length_s = last_s - first_s
+    answering = [one for one in fleet.endpoints if one.id in held]
+    usage = [held[one.id] / (one.kv_tokens * length_s) for one in answering]
+    shares = [busy[one.id] / (one.max_num_seqs * length_s) for one in answering]
+    return float(np.mean(usage)), max(shares) - min(shares)
 
 
 def _tenants(ended: Sequence[RunRecord], stretches: Sequence[float]) -> dict[str, dict[str, float]]:
@@ -114,6 +208,7 @@ def _tenants(ended: Sequence[RunRecord], stretches: Sequence[float]) -> dict[str
             "runs": float(len(pairs)),
             "mean_s": float(np.mean(latencies)),
             "stretch_p95": float(np.percentile([stretch for _, stretch in pairs], 95)),
+            "stretch_p99": float(np.percentile([stretch for _, stretch in pairs], 99)),
             **({"within_deadline": float(np.mean(met))} if met else {}),
         }
     return found

@@ -10,34 +10,43 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from planner import __version__
 from planner.domain.files import atomic_write, data_dir
-from planner.metrics import paired_bootstrap, spread
-from planner.report.comparison import BOOTSTRAP_SEED, Comparison
+from planner.metrics import spread
+from planner.report.comparison import Comparison
 from planner.report.terminal import align, comparison_text
+from planner.study.bars import bars_of, bars_text
 from planner.study.clairvoyant import Clairvoyant
+from planner.study.figures import Figures
 from planner.study.grid import CODE_SCHEMA, Outcome
+from planner.study.measure import GOOD_SCALE
 from planner.study.settings import Setting
 from planner.study.studies import Study
 
 __all__ = ["COMPARED", "METRICS", "STUDY_SCHEMA", "document", "save_document", "study_table"]
 
-STUDY_SCHEMA = "almanac.study/1"
+STUDY_SCHEMA = "almanac.study/2"
 METRICS = (
     "mean_s", "p50_s", "p95_s", "p99_s", "stretch_mean", "stretch_p95", "stretch_p99", "jain",
-    "throughput_rps", "prefix_hit_ratio", "prefilled_tokens", "refilled_tokens",
+    "throughput_rps", "goodput_rps", "prefix_hit_ratio", "prefilled_tokens", "refilled_tokens",
+    "refilled_share", "belady_ratio", "kv_usage", "busy_spread",
     "dispatch_p50_us", "dispatch_p99_us",
 )  # fmt: skip
 COMPARED = ("mean_s", "p95_s", "stretch_p95", "stretch_p99")
 """Metrics compared with the baseline and with the best other policy; less is better for all."""
+SCALES = tuple(round(float(scale), 3) for scale in np.geomspace(1.0, 30.0, 41))
+"""Multiples of the time alone at which attainment is told."""
 
 
 def document(
     study: Study,
     outcomes: Sequence[Outcome],
     clairvoyants: Mapping[Setting, Sequence[Clairvoyant]],
+    bounds: Mapping[Setting, Mapping[int, float]] | None = None,
 ) -> dict[str, Any]:
-    """Return the JSON document of a study (schema ``almanac.study/1``).
+    """Return the JSON document of a study (schema ``almanac.study/2``).
 
     Parameters
     ----------
@@ -45,10 +54,16 @@ def document(
         Policy within setting.
     clairvoyants
         Estimates by setting, one per seed; may lack settings.
+    bounds
+        Means that no policy beats, s, by setting and seed; may lack settings.
+
+    Notes
+    -----
+    Figures are of all seeds' runs together where they are quantiles of runs, and means over the
+    seeds otherwise; ``seeds`` has every seed's own.
     """
-    by_setting: dict[Setting, list[Outcome]] = {}
-    for one in outcomes:
-        by_setting.setdefault(one.setting, []).append(one)
+    figures = Figures(outcomes)
+    limits = bounds or {}
     return {
         "schema": STUDY_SCHEMA,
         "study": study.name,
@@ -60,6 +75,8 @@ def document(
             "tuning_runs": study.tuning_runs,
             "tuning_seeds": study.tuning_seeds,
             "baseline": study.baseline,
+            "tuned": study.tuned,
+            "good_scale": GOOD_SCALE,
         },
         "code": {"version": __version__, "commit": _commit(), "cell_schema": CODE_SCHEMA},
         "hardware": {
@@ -70,63 +87,67 @@ def document(
             "python": platform.python_version(),
         },
         "threats": list(study.threats),
+        "bars": [bar.to_json() for bar in bars_of(study, figures)],
         "settings": [
             {
                 "name": setting.name,
                 "setting": setting.to_json(),
                 "rate_rps": setting.rate_rps,
-                "policies": [_policy(one, group, study.baseline) for one in group],
+                "policies": [
+                    _policy(one, figures, study.baseline, limits.get(setting, {})) for one in group
+                ],
                 "clairvoyant": [one.to_json() for one in clairvoyants.get(setting, ())],
             }
-            for setting, group in by_setting.items()
+            for setting, group in figures.by_setting.items()
         ],
     }
 
 
-def _policy(one: Outcome, group: Sequence[Outcome], baseline: str) -> dict[str, Any]:
-    others = [other for other in group if other is not one]
-    held = next((other for other in others if other.policy == baseline), None)
+def _policy(
+    one: Outcome, figures: Figures, baseline: str, limits: Mapping[int, float]
+) -> dict[str, Any]:
+    others = figures.others(one)
+    held = [other for other in others if other.policy == baseline]
     return {
         "policy": one.policy,
+        "name": one.entry.policy,
+        "variant": one.entry.variant,
         "parameters": {k: repr(v) for k, v in one.setup.shown_parameters.items()},
-        "metrics": {
-            metric: spread(found)._asdict() if (found := list(_values(one, metric).values()))
-            else None
-            for metric in METRICS
-        },
-        "against_baseline": _against([held] if held else [], one),
-        "against_best": _against(others, one),
+        "metrics": {metric: figures.summary(one, metric) for metric in METRICS},
+        "regret": _regret(one, limits),
+        "attainment": figures.attainment(one, SCALES),
+        "against_baseline": _against(held, one, figures),
+        "against_best": _against(others, one, figures),
         "tenants": _tenants(one),
         "seeds": {
             str(seed): {metric: result.value(metric) for metric in METRICS}
             for seed, result in one.results.items()
         },
-    }  # fmt: skip
+    }
 
 
-def _values(one: Outcome, metric: str) -> dict[int, float]:
-    found = {seed: result.value(metric) for seed, result in one.results.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
+def _regret(one: Outcome, limits: Mapping[int, float]) -> float | None:
+    """Return the share by which the mean lies above the one that nobody beats."""
+    found = [
+        mean_s / limit_s - 1.0
+        for seed, limit_s in limits.items()
+        if seed in one.results and (mean_s := one.results[seed].all_mean_s) is not None
+    ]
+    return float(np.mean(found)) if found else None
 
 
-def _against(others: Sequence[Outcome], one: Outcome) -> list[dict[str, Any]]:
+def _against(others: Sequence[Outcome], one: Outcome, figures: Figures) -> list[dict[str, Any]]:
     """Compare with the best of the others, metric by metric, on the seeds both have."""
     found = []
     for metric in COMPARED:
-        mine = _values(one, metric)
-        rivals = [(spread(list(v.values())).mean, o.policy, v) for o in others
-                  if (v := _values(o, metric))]  # fmt: skip
-        if not rivals or not mine:
+        rival = figures.least(others, metric)
+        if rival is None:
             continue
-        _, name, theirs = min(rivals, key=lambda rival: rival[:2])
-        shared = [seed for seed in mine if theirs.get(seed, 0.0) > 0]
-        if not shared:
+        difference = figures.difference(rival, one, metric)
+        if difference is None:
             continue
-        difference = paired_bootstrap(
-            [theirs[seed] for seed in shared], [mine[seed] for seed in shared], seed=BOOTSTRAP_SEED
-        )
         comparison = Comparison(
-            metric=metric, baseline=name, difference=difference, pairs=len(shared)
+            metric=metric, baseline=rival.policy, difference=difference, pairs=len(one.results)
         )
         found.append({**comparison.to_json(), "text": comparison_text(comparison)})
     return found
@@ -171,30 +192,33 @@ def _cpu() -> str | None:
     return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), None)
 
 
-def save_document(found: Mapping[str, Any], path: Path) -> None:
-    """Write the document as JSON, atomically."""
+def save_document(found: Any, path: Path) -> None:
+    """Write a document, or a part of it, as JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def study_table(found: Mapping[str, Any]) -> str:
-    """Return the document as aligned text, a table per setting."""
-    return "\n\n".join(_setting_table(one) for one in found["settings"])
+    """Return the document as aligned text, a table per setting, and its bars."""
+    tables = [_setting_table(one) for one in found["settings"]]
+    return "\n\n".join([*tables, *([bars_text(found["bars"])] if found["bars"] else [])])
 
 
 def _setting_table(one: Mapping[str, Any]) -> str:
-    head = ["policy", "mean s", "P95 s", "P99 s", "Req95", "Req99", "hit %", "mean against best"]
+    head = ["policy", "mean s", "P95 s", "P99 s", "Req95", "Req99", "hit %"]
+    head += ["mean against best", "P95 against best"]
     rows = [head]
     for policy in one["policies"]:
         metrics = policy["metrics"]
-        best = next((x["text"] for x in policy["against_best"] if x["metric"] == "mean_s"), "-")
+        best = {one["metric"]: one["text"] for one in policy["against_best"]}
         rows.append(
             [
                 policy["policy"],
                 *(_mean(metrics[m]) for m in ("mean_s", "p95_s", "p99_s")),
                 *(_mean(metrics[m]) for m in ("stretch_p95", "stretch_p99")),
                 _mean(metrics["prefix_hit_ratio"], 100.0, 1),
-                best,
+                best.get("mean_s", "-"),
+                best.get("p95_s", "-"),
             ]
         )
     text = f"{one['name']}  ({one['rate_rps']:.3g} runs/s)\n{align(rows)}"

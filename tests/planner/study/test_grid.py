@@ -114,7 +114,8 @@ def test_stretch_of_an_idle_fleet() -> None:
     runs = workload(setting, 0, 30)
     alone = standalone_s(runs, world)
     setup = PolicySetup(policy="least_expected_finish")
-    result = measure(run_cell(Cell(setup=setup, seed=0, runs=runs, world=world)), runs, alone)
+    records = run_cell(Cell(setup=setup, seed=0, runs=runs, world=world))
+    result = measure(records, runs, alone, world.fleet)
     assert result.stretch_p99 == pytest.approx(1.0, abs=0.01)
     assert result.jain == pytest.approx(1.0, abs=1e-4)
 

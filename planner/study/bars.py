@@ -1,0 +1,112 @@
+"""The bars of a study: its claims, and what almanac is held to wherever it takes part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from planner.metrics import PairedDifference
+from planner.report.terminal import align
+from planner.study.claims import Bar, Claim
+from planner.study.entries import parse_entry
+from planner.study.figures import Figures
+from planner.study.grid import Outcome
+from planner.study.settings import Setting
+from planner.study.studies import Study
+
+__all__ = ["OURS", "bars_of", "bars_text"]
+
+OURS = "almanac"
+_MOST_SHARE, _MOST_LOSS = 50.0, 3.0
+_HELD = (("mean_s", "mean"), ("p95_s", "P95"))
+
+
+def bars_of(study: Study, figures: Figures) -> list[Bar]:
+    """Return the bars whose figures are there: a study may have been cut to a few settings."""
+    claimed = [_judged(claim, figures) for claim in study.claims]
+    # Variants of ours and what a claim brings along are no competitors.
+    rivals = {one.label for one in map(parse_entry, study.policies) if one.policy != OURS}
+    held = _held(rivals, figures) if rivals else []
+    return [*held, *(bar for bar in claimed if bar is not None)]
+
+
+def _judged(claim: Claim, figures: Figures) -> Bar | None:
+    of = _find(claim.of.setting, claim.of.policy, figures)
+    if of is None:
+        return None
+    if claim.measured == "value":
+        value = figures.value(of, claim.metric)
+        alone = None if value is None else PairedDifference(value, float("nan"), float("nan"))
+        return None if alone is None else claim.judged(alone)
+    others = [_find(side.setting, side.policy, figures) for side in claim.against]
+    if any(one is None for one in others):
+        return None
+    rival = figures.least([one for one in others if one is not None], claim.metric)
+    if rival is None:
+        return None
+    # Of two settings the name of the claim says it all; of one, who the rival is.
+    name = rival.policy if rival.setting == of.setting else ""
+    if claim.measured == "relative":
+        found = figures.difference(rival, of, claim.metric)
+        return None if found is None else claim.judged(found, name)
+    mine, theirs = figures.value(of, claim.metric), figures.value(rival, claim.metric)
+    if mine is None or theirs is None:
+        return None
+    return claim.judged(PairedDifference(mine - theirs, float("nan"), float("nan")), name)
+
+
+def _find(setting: Setting, policy: str, figures: Figures) -> Outcome | None:
+    return figures.find(setting, parse_entry(policy).label)
+
+
+def _held(rivals: set[str], figures: Figures) -> list[Bar]:
+    """Return what almanac is held to against the best of the others in every setting."""
+    bars = []
+    for metric, name in _HELD:
+        found: list[tuple[float, bool]] = []
+        for group in figures.by_setting.values():
+            mine = next((one for one in group if one.policy == OURS), None)
+            best = figures.least([one for one in group if one.policy in rivals], metric)
+            if mine is None or best is None:
+                continue
+            difference = figures.difference(best, mine, metric)
+            if difference is not None:
+                found.append((difference.mean, difference.high < 0))
+        if not found:
+            continue
+        wins = sum(won for _, won in found)
+        bars += [
+            Bar(
+                name=f"settings where almanac's {name} beats the best other, interval below zero "
+                f"({wins} of {len(found)})",
+                value=100.0 * wins / len(found),
+                unit="%",
+                low=_MOST_SHARE,
+            ),
+            Bar(
+                name=f"almanac's {name} against the best other, worst setting",
+                value=100.0 * max(mean for mean, _ in found),
+                unit="%",
+                high=_MOST_LOSS,
+            ),
+        ]
+    return bars
+
+
+def bars_text(bars: Sequence[Mapping[str, Any]]) -> str:
+    """Return bars, in their JSON form, as aligned text."""
+    rows = [["bar", "figure", "interval", "expected", "holds", "published"]]
+    for bar in bars:
+        interval = bar["interval"]
+        rows.append(
+            [
+                bar["name"],
+                f"{bar['value']:.4g} {bar['unit']}".strip(),
+                "-" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}",
+                bar["range"],
+                "yes" if bar["holds"] else "NO",
+                bar["source"] or "-",
+            ]
+        )
+    held = sum(bar["holds"] for bar in bars)
+    return f"{align(rows)}\n{held} of {len(bars)} hold"

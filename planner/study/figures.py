@@ -1,0 +1,125 @@
+"""Figures of a study's outcomes, and differences between them with their intervals.
+
+Quantiles of runs are taken over the runs of all seeds together, everything else is a mean over the
+seeds. Differences are paired: the same seeds' runs on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.metrics import PairedDifference, paired_bootstrap, spread
+from planner.report.comparison import BOOTSTRAP_SEED
+from planner.study.grid import Outcome
+from planner.study.pooled import pooled_difference, pooled_quantile, resampled_quantiles
+from planner.study.settings import Setting
+
+__all__ = ["Figures"]
+
+_QUANTILES = {
+    "p50_s": ("latencies", 0.5), "p95_s": ("latencies", 0.95), "p99_s": ("latencies", 0.99),
+    "stretch_p95": ("stretches", 0.95), "stretch_p99": ("stretches", 0.99),
+}  # fmt: skip
+"""Metrics that are quantiles of runs: of what, at which level."""
+_Drawn = npt.NDArray[np.float64]
+
+
+class Figures:
+    """All outcomes of a study.
+
+    Attributes
+    ----------
+    by_setting
+        The outcomes of each setting, in order.
+    """
+
+    def __init__(self, outcomes: Sequence[Outcome]) -> None:
+        self.by_setting: dict[Setting, list[Outcome]] = {}
+        for one in outcomes:
+            self.by_setting.setdefault(one.setting, []).append(one)
+        self._drawn: dict[tuple[Setting, str, str], _Drawn] = {}
+
+    def find(self, setting: Setting, label: str) -> Outcome | None:
+        """Return the outcome of a policy in a setting, if there is one."""
+        found = (one for one in self.by_setting.get(setting, ()) if one.policy == label)
+        return next(found, None)
+
+    def others(self, one: Outcome) -> list[Outcome]:
+        """Return the outcomes of the other policies in the same setting."""
+        return [other for other in self.by_setting[one.setting] if other is not one]
+
+    def value(self, one: Outcome, metric: str) -> float | None:
+        """Return a figure over all seeds, None if nothing was observed."""
+        if metric in _QUANTILES:
+            samples = _samples(one, metric)
+            level = _QUANTILES[metric][1]
+            return pooled_quantile(samples, level) if any(samples) else None
+        values = list(_by_seed(one, metric).values())
+        return spread(values).mean if values else None
+
+    def summary(self, one: Outcome, metric: str) -> dict[str, float] | None:
+        """Return the figure as ``mean``, with its spread over the seeds; None if unobserved."""
+        value, values = self.value(one, metric), list(_by_seed(one, metric).values())
+        if value is None or not values:
+            return None
+        return {**spread(values)._asdict(), "mean": value}
+
+    def least(self, outcomes: Sequence[Outcome], metric: str) -> Outcome | None:
+        """Return the outcome of the least figure; the first by name if some are equal."""
+        known = [
+            (value, one.policy, one)
+            for one in outcomes
+            if (value := self.value(one, metric)) is not None
+        ]
+        return min(known, key=lambda pair: pair[:2])[2] if known else None
+
+    def difference(self, base: Outcome, other: Outcome, metric: str) -> PairedDifference | None:
+        """Return by which share ``other`` lies above ``base``, None if either is unknown or 0."""
+        below, above = self.value(base, metric), self.value(other, metric)
+        if not below or above is None:
+            return None
+        if metric in _QUANTILES:
+            return pooled_difference(
+                (below, self._resampled(base, metric)),
+                (above, self._resampled(other, metric)),
+                seeds=len(other.results),
+            )
+        mine, theirs = _by_seed(other, metric), _by_seed(base, metric)
+        shared = [seed for seed in mine if theirs.get(seed, 0.0) > 0]
+        if not shared:
+            return None
+        return paired_bootstrap(
+            [theirs[seed] for seed in shared], [mine[seed] for seed in shared], seed=BOOTSTRAP_SEED
+        )
+
+    def attainment(self, one: Outcome, scales: Sequence[float]) -> list[tuple[float, float]]:
+        """Return (scale, share of runs that took at most so many times their time alone)."""
+        stretches = np.sort(np.concatenate([r.stretches for r in one.results.values()]))
+        if not stretches.size:
+            return []
+        shares = np.searchsorted(stretches, scales, side="right") / stretches.size
+        return [
+            (scale, round(float(share), 4)) for scale, share in zip(scales, shares, strict=True)
+        ]
+
+    def _resampled(self, one: Outcome, metric: str) -> _Drawn:
+        key = one.setting, one.policy, metric
+        if key not in self._drawn:
+            self._drawn[key] = resampled_quantiles(
+                _samples(one, metric), _QUANTILES[metric][1], seed=BOOTSTRAP_SEED
+            )
+        return self._drawn[key]
+
+
+def _samples(one: Outcome, metric: str) -> list[Sequence[float]]:
+    if _QUANTILES[metric][0] == "latencies":
+        return [one.results[seed].metrics.latencies_s for seed in sorted(one.results)]
+    return [one.results[seed].stretches for seed in sorted(one.results)]
+
+
+def _by_seed(one: Outcome, metric: str) -> dict[int, float]:
+    found = {seed: result.value(metric) for seed, result in one.results.items()}
+    return {seed: value for seed, value in found.items() if value is not None}
