@@ -27,14 +27,12 @@ def chain_extremes(instance: Instance, timing: Timing) -> tuple[Ints, Ints]:
 
     The least has all prefixes and sessions kept, the most none.
     """
-    real = np.zeros(instance.work_s.shape, dtype=bool)
-    for m, grid in enumerate(instance.option_grids):
-        real[:, m, : len(grid)] = instance.allowed[:, m, np.newaxis]
+    real = instance.modes[timing.site]
     far = np.iinfo(np.int64).max
-    least = np.where(real, timing.ticks, far).min(axis=(2, 3)).sum(axis=1)
+    least = np.where(real, timing.ticks, far).min(axis=(1, 2))
     everything = timing.ticks + (timing.cold + timing.lost)[..., np.newaxis]
-    most = np.where(real, everything, 0).max(axis=(2, 3)).sum(axis=1)
-    return least, most
+    most = np.where(real, everything, 0).max(axis=(1, 2))
+    return timing.by_chain(least), timing.by_chain(most)
 
 
 def least_latencies(instance: Instance, timing: Timing) -> Ints:

@@ -91,8 +91,8 @@ def greedy_solution(
     start
         Placements (R, K) to descend from in place of the constructions.
     effort
-        Where to stop at the latest: sums of service ticks that may be looked up, >= 0. A count
-        and not a time, so that the result is reproducible; 1e8 is about a second.
+        Where to stop at the latest: parts and chains that may be looked up, >= 0. A count and not
+        a time, so that the result is reproducible; 1e8 is about XX seconds.
     """
     search = _Search(instance, timing, goal)
     tried = (search.construct(0), search.construct(1)) if start is None else (start,)
@@ -157,7 +157,7 @@ class _Search:
 
     def descend(self, placements: Ints, effort: float) -> tuple[Ints, int]:
         """Take the best improving move of each batch of neighbours until no batch has one."""
-        cost = self._classes * self._timing.fixed.size * self._sites
+        cost = self._classes * (self._timing.site.size + self._timing.fixed.size)
         value = int(self._evaluate(placements[np.newaxis])[0])
         improved = True
         while improved and effort > 0:

@@ -200,6 +200,14 @@ class Instance:
         return tuple(self.levels[i] for i in self.option_endpoint)
 
     @property
+    def modes(self) -> Bools:
+        """Whether site k may be served by option m at level l; shape (K, M, L)."""
+        out = np.zeros(self.work_s.shape, dtype=bool)
+        for m, grid in enumerate(self.option_grids):
+            out[:, m, : len(grid)] = self.allowed[:, m, np.newaxis]
+        return out
+
+    @property
     def class_load(self) -> Ints:
         """Busy calls one class brings at site k by option m at level l, in load units: (K, M, L).
 

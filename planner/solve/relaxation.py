@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from ortools.linear_solver.python import model_builder
 
-from planner.solve.arrays import Floats, Ints
+from planner.solve.arrays import Floats
 from planner.solve.bounds import longest_latency
 from planner.solve.memory import Tokens, contended
 from planner.solve.objective import Goal
 from planner.solve.question import Instance
+from planner.solve.terms import Terms
 from planner.solve.timing import Timing
 
 __all__ = ["Relaxation", "relax"]
@@ -107,6 +108,10 @@ class _Relaxed:
         self._place()
         self._hold()
         self._starts = [self.model.new_num_var(0.0, math.inf, "") for _ in timing.joins]
+        self._terms = Terms(
+            self.keys, list(self.use.values()), warm=self.warm, keep=self.keep,
+            starts=self._starts, shape=instance.allowed.shape,
+        )  # fmt: skip
 
     def variable(self, least: int, most: int) -> Any:
         """Return a new variable."""
@@ -188,45 +193,17 @@ class _Relaxed:
                 room = float(memory.tokens[i]) * float(self._multiple[i])
                 self._token_rows[i] = self.model.add_linear_constraint(sum(terms), ub=room)
 
-    def _end(self, chains: list[int], factors: Ints) -> Any:
+    def _end(self, chains: Sequence[int], factors: Sequence[int]) -> Any:
         """Return the weighted sum of the ends of chains."""
-        timing = self._timing
-        if len(chains) == 1:
-            mixed = [
-                plane[chains[0]] * factors[0] for plane in (timing.ticks, timing.cold, timing.lost)
-            ]
-        else:
-            mixed = [
-                np.tensordot(factors, plane[chains], axes=1)
-                for plane in (timing.ticks, timing.cold, timing.lost)
-            ]
-        ticks, cold, lost = mixed
-        index = tuple(np.array(self.keys).T)
-        values = ticks[index].astype(float)
-        for planes, saved in ((cold, self.warm), (lost, self.keep)):
-            if saved:
-                values += np.array([planes[k, m] * ((k, m) in saved) for k, m, _ in self.keys])
-        positions = np.flatnonzero(values)
-        variables = [self.use[self.keys[position]] for position in positions]
-        weights = [float(values[position]) for position in positions]
-        for planes, saved in ((cold, self.warm), (lost, self.keep)):
-            for (k, m), variable in saved.items():
-                if planes[k, m]:
-                    variables.append(variable)
-                    weights.append(-float(planes[k, m]))
-        for chain, factor in zip(chains, factors, strict=True):
-            if timing.base[chain] >= 0:
-                variables.append(self._starts[timing.base[chain]])
-                weights.append(float(factor))
-        fixed = float(timing.fixed[chains] @ factors)
-        return model_builder.LinearExpr.weighted_sum(variables, weights) + fixed
+        mixed = self._timing.mixed(chains, factors)
+        variables, weights = self._terms.of(mixed)
+        return model_builder.LinearExpr.weighted_sum(variables, weights) + float(mixed.fixed)
 
     def solved(self, caps: Sequence[tuple[Goal, int]]) -> Relaxation | None:
         instance, timing, goal = self._instance, self._timing, self._goal
-        one = np.array([1])
         for j, chains in enumerate(timing.joins):
             for chain in chains:
-                self.add(self._starts[j] >= self._end([chain], one))
+                self.add(self._starts[j] >= self._end([chain], [1]))
         ends = [int(chain) for chain in timing.ends]
         finish: list[tuple[int, Any]] = []
         ceiling = longest_latency(instance, timing)
@@ -235,11 +212,11 @@ class _Relaxed:
             bounded = source.hard and source.deadline_ticks is not None
             if bounded or not all(one.plain for one in (goal, *(cap for cap, _ in caps))):
                 latency = self.variable(0, ceiling)
-                self.add(latency >= self._end([ends[s]], one))
+                self.add(latency >= self._end([ends[s]], [1]))
                 finish.append((s, latency))
                 if bounded:
                     self.add(latency <= float(source.deadline_ticks or 0))
-        total = self._end(ends, timing.weight)
+        total = self._end(ends, timing.weight.tolist())
 
         def cost(one: Goal) -> Any:
             return one.express(self, total, finish, ceiling, copies=instance.run_classes)

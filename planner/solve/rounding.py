@@ -1,7 +1,7 @@
 """A plan from the relaxation: round its shares, then descend at fixed levels.
 
-With fixed levels a move changes the sums of one class only, so thousands of moves are weighed in
-milliseconds; the descent of `planner.solve.heuristics`, which lets levels follow, comes last.
+At fixed levels (`planner.solve.descent`) thousands of moves are weighed in milliseconds; the descent
+of `planner.solve.heuristics`, which lets levels follow, comes last.
 
 Where a site is divided, its faster endpoints go to the classes of lower number for all sites
 alike: chains that meet at a join are then slow in the same classes, which keeps the mean of the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from planner.solve.arrays import Ints
+from planner.solve.descent import Descent
 from planner.solve.question import Instance
 from planner.solve.relaxation import Relaxation
 from planner.solve.timing import Timing
@@ -23,8 +24,7 @@ from planner.solve.timing import Timing
 __all__ = ["rounded_placements"]
 
 _EFFORT = 2e8
-"""Latencies of chains that may be computed in all: a count and not a time, so that the result is
-reproducible; about two seconds."""
+"""Estimates and chain lengths that may be computed in all; about two seconds."""
 _KICKS = 4
 """Disturbances tried at most, per call placed."""
 _SHARE = 0.02
@@ -45,13 +45,13 @@ def rounded_placements(
     if instance.pairs:
         return None
     target = relaxed.mean_aim / max(1e-9, 1.0 - relative_gap)
-    best: tuple[int, Ints, _Descent] | None = None
+    best: tuple[int, Ints, Descent] | None = None
     spent = 0.0
     for levels in _level_choices(instance, relaxed):
         placements = _round(instance, relaxed, levels)
         if placements is None:
             continue
-        descent = _Descent(instance, timing, levels)
+        descent = Descent(instance, timing, levels, _EFFORT)
         value = descent.improve(placements)
         spent += descent.spent
         if best is None or value < best[0]:
@@ -114,113 +114,3 @@ def _round(instance: Instance, relaxed: Relaxation, levels: Ints) -> Ints | None
             free[i] -= load[k, i]
         placements[:, k] = sorted(chosen, key=lambda i: (service[k, i], i))
     return placements
-
-
-class _Descent:
-    """Moves and exchanges at fixed levels."""
-
-    def __init__(self, instance: Instance, timing: Timing, levels: Ints) -> None:
-        self.spent = 0.0
-        self._timing = timing
-        self._allowed = instance.allowed
-        endpoints = np.arange(len(instance.endpoints))
-        self._load = instance.class_load[:, endpoints, levels]
-        self._room = instance.room[endpoints, levels]
-        self._ticks = timing.ticks[:, np.arange(len(instance.sites))[:, None], endpoints, levels]
-
-    def improve(self, placements: Ints) -> int:
-        """Improve placements in place until no move or exchange does, or the effort is spent."""
-        free = self._free(placements)
-        site = np.arange(placements.shape[1])
-        sums = np.stack([self._ticks[:, site, row].sum(axis=1) for row in placements])
-        totals = self._timing.latency(sums)
-        while self.spent < _EFFORT and (
-            self._move(placements, sums, totals, free)
-            or self._exchange(placements, sums, totals, free)
-        ):
-            pass
-        self.spent += sums.size
-        return int(totals.sum())
-
-    def disturbed(self, placements: Ints, rng: np.random.Generator) -> Ints:
-        """Return a copy with a few calls moved at random to where there is room."""
-        out = placements.copy()
-        free = self._free(out)
-        classes, sites = out.shape
-        for _ in range(int(rng.integers(2, 7))):
-            r, k = int(rng.integers(classes)), int(rng.integers(sites))
-            here = int(out[r, k])
-            room = np.flatnonzero(self._allowed[k] & (self._load[k] <= free))
-            if room.size:
-                there = int(rng.choice(room))
-                out[r, k] = there
-                free[here] += self._load[k, here]
-                free[there] -= self._load[k, there]
-        return out
-
-    def _free(self, placements: Ints) -> Ints:
-        """Return the room left at each endpoint."""
-        free = self._room.copy()
-        flat = placements.ravel()
-        site = np.tile(np.arange(placements.shape[1]), len(placements))
-        np.subtract.at(free, flat, self._load[site, flat])
-        return free
-
-    def _move(self, placements: Ints, sums: Ints, totals: Ints, free: Ints) -> bool:
-        """Take the best move of one site of one class, if it improves."""
-        fits = self._allowed & (self._load <= free)
-        r, k, j = np.nonzero(np.broadcast_to(fits, (len(placements), *fits.shape)))
-        i = placements[r, k]
-        keep = i != j
-        r, k, j, i = r[keep], k[keep], j[keep], i[keep]
-        if not r.size:
-            return False
-        after = sums[r] + (self._ticks[:, k, j] - self._ticks[:, k, i]).T
-        self.spent += after.size
-        gain = totals[r] - self._timing.latency(after)
-        best = int(gain.argmax())
-        if gain[best] <= 0:
-            return False
-        self._apply(placements, sums, totals, free, int(r[best]), int(k[best]), int(j[best]))
-        return True
-
-    def _exchange(self, placements: Ints, sums: Ints, totals: Ints, free: Ints) -> bool:
-        """Let the best two calls exchange endpoints, if that improves."""
-        sites, cells = placements.shape[1], placements.size
-        flat = placements.ravel()
-        one, two = np.triu_indices(cells, k=1)
-        i, j = flat[one], flat[two]
-        k, m = one % sites, two % sites
-        keep = (
-            (i != j)
-            & self._allowed[k, j]
-            & self._allowed[m, i]
-            & (free[i] + self._load[k, i] - self._load[m, i] >= 0)
-            & (free[j] + self._load[m, j] - self._load[k, j] >= 0)
-        )
-        one, two, i, j, k, m = one[keep], two[keep], i[keep], j[keep], k[keep], m[keep]
-        if not one.size:
-            return False
-        r, q = one // sites, two // sites
-        first = (self._ticks[:, k, j] - self._ticks[:, k, i]).T
-        second = (self._ticks[:, m, i] - self._ticks[:, m, j]).T
-        same = (r == q)[:, None]
-        self.spent += 2 * first.size
-        gain = totals[r] - self._timing.latency(sums[r] + first + np.where(same, second, 0))
-        gain += np.where(r == q, 0, totals[q] - self._timing.latency(sums[q] + second))
-        best = int(gain.argmax())
-        if gain[best] <= 0:
-            return False
-        self._apply(placements, sums, totals, free, int(r[best]), int(k[best]), int(j[best]))
-        self._apply(placements, sums, totals, free, int(q[best]), int(m[best]), int(i[best]))
-        return True
-
-    def _apply(
-        self, placements: Ints, sums: Ints, totals: Ints, free: Ints, r: int, k: int, j: int
-    ) -> None:
-        i = int(placements[r, k])
-        placements[r, k] = j
-        sums[r] += self._ticks[:, k, j] - self._ticks[:, k, i]
-        free[i] += self._load[k, i]
-        free[j] -= self._load[k, j]
-        totals[r] = self._timing.latency(sums[r][np.newaxis])[0]

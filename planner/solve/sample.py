@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.domain.errors import InvalidInput
+from planner.solve.bounds import chain_extremes
 from planner.solve.heuristics import Solution, greedy_solution
 from planner.solve.objective import Goal
 from planner.solve.question import Instance
@@ -54,7 +55,7 @@ def enough_scenarios(arranged: Callable[[int], Instance], target_error: float) -
         pilot = greedy_solution(instance, timing, Goal(instance), effort=_EFFORT)
         if pilot is None:
             # Without room for a greedy plan the idle fleet tells how latencies spread.
-            least = timing.ticks[..., 0].min(axis=2).sum(axis=1)
+            least = chain_extremes(instance, timing)[0]
             error = _relative(instance, timing.latencies(least[np.newaxis]))
         else:
             error = standard_error(instance, timing, pilot)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ortools.sat.python import cp_model
 
-from planner.solve.arrays import Bools, Ints
+from planner.solve.arrays import Bools
 from planner.solve.bounds import chain_extremes
 from planner.solve.memory import contended
 from planner.solve.question import Instance
+from planner.solve.terms import Terms
 from planner.solve.timing import Timing
 
 __all__ = ["Variables"]
@@ -59,11 +60,9 @@ class Variables:
         self._start: list[list[cp_model.IntVar]] = []
         self._warm: list[dict[tuple[int, int], cp_model.IntVar]] = []
         self._keep: list[dict[tuple[int, int], cp_model.IntVar]] = []
+        self._terms: list[Terms] = []
         memory = instance.memory
         cells = _cells(instance, self.contended)
-        self._may_warm = cells & (memory.prefix >= 0)[:, np.newaxis]
-        self._may_keep = cells & (memory.held_tokens > 0)[:, np.newaxis]
-        self._modes: list[tuple[Ints, list[cp_model.IntVar]]] = []
         for r in range(classes):
             uses = {}
             for k in range(sites):
@@ -77,12 +76,9 @@ class Variables:
                     for j in range(len(timing.joins))
                 ]
             )
-            self._modes.append(
-                (np.array(list(uses), dtype=np.int64).reshape(-1, 3), list(uses.values()))
-            )
             for kept, may, name in (
-                (self._warm, self._may_warm, "warm"),
-                (self._keep, self._may_keep, "keep"),
+                (self._warm, cells & (memory.prefix >= 0)[:, np.newaxis], "warm"),
+                (self._keep, cells & (memory.held_tokens > 0)[:, np.newaxis], "keep"),
             ):
                 kept.append(
                     {
@@ -90,6 +86,12 @@ class Variables:
                         for k, m in np.argwhere(may & self._open[r]).tolist()
                     }
                 )
+            self._terms.append(
+                Terms(
+                    list(uses), list(uses.values()), warm=self._warm[r], keep=self._keep[r],
+                    starts=self._start[r], shape=instance.allowed.shape,
+                )  # fmt: skip
+            )
         self._holds = {
             (int(i), p): model.new_bool_var(f"holds_{i}_{p}")
             for i in np.flatnonzero(self.contended)
@@ -147,7 +149,7 @@ class Variables:
 
     def end_of(self, r: int, chain: int) -> cp_model.LinearExprT:
         """Return the end of a chain for a class, in ticks."""
-        return self._sum(r, (chain,), (1,))
+        return self._sum(r, [chain], [1])
 
     def finish(self, r: int, s: int) -> cp_model.LinearExprT:
         """Return the latency of a scenario for a class, in ticks."""
@@ -156,39 +158,15 @@ class Variables:
     def total(self, r: int) -> cp_model.LinearExprT:
         """Return the weighted sum of a class's latencies over the scenarios, in ticks."""
         timing = self.timing
-        return self._sum(r, tuple(timing.ends.tolist()), tuple(timing.weight.tolist()))
+        return self._sum(r, timing.ends.tolist(), timing.weight.tolist())
 
     def _sum(
-        self, r: int, chains: tuple[int, ...], factors: tuple[int, ...]
+        self, r: int, chains: Sequence[int], factors: Sequence[int]
     ) -> cp_model.LinearExprT:
         """Return summed ticks of the chosen modes, fixed delays and join starts of chains."""
-        timing = self.timing
-
-        def mixed(ticks: Ints) -> Ints:
-            if len(chains) == 1:
-                return np.asarray(ticks[chains[0]] * factors[0])
-            return np.tensordot(np.array(factors), ticks[list(chains)], axes=1)
-
-        ticks, cold, lost = mixed(timing.ticks), mixed(timing.cold), mixed(timing.lost)
-        keys, literals = self._modes[r]
-        values = ticks[tuple(keys.T)]
-        site, option = keys[:, 0], keys[:, 1]
-        for extra, asked in ((cold, self._may_warm), (lost, self._may_keep)):
-            values = values + extra[site, option] * asked[site, option]
-        chosen = np.flatnonzero(values)
-        variables = [literals[position] for position in chosen.tolist()]
-        weights = values[chosen].tolist()
-        for saved, saves in ((self._warm[r], cold), (self._keep[r], lost)):
-            for (k, m), literal in saved.items():
-                if saves[k, m]:
-                    variables.append(literal)
-                    weights.append(-int(saves[k, m]))
-        for chain, factor in zip(chains, factors, strict=True):
-            if (j := int(timing.base[chain])) >= 0:
-                variables.append(self._start[r][j])
-                weights.append(factor)
-        fixed = int(timing.fixed[list(chains)] @ np.array(factors))
-        return cp_model.LinearExpr.weighted_sum(variables, weights) + fixed
+        mixed = self.timing.mixed(chains, factors)
+        variables, weights = self._terms[r].of(mixed)
+        return cp_model.LinearExpr.weighted_sum(variables, weights) + mixed.fixed
 
 
 def _cells(instance: Instance, tight: Bools) -> Bools:
