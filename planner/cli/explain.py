@@ -81,7 +81,8 @@ def _live_facts(args: argparse.Namespace) -> dict[str, Any]:
     facts = explain_run(live.records, live.own.run_id, args.site, where=f"gateway {args.gateway}")
     if live.predicted_finish_s is not None:
         facts["facts"]["predicted_now_s"] = live.predicted_finish_s - live.own.arrival_s
-    return {**facts, "why": dict(sorted(live.why.items()))}
+    shown = {row["site"] for row in facts["rows"]}
+    return {**facts, "why": {site: live.why[site] for site in sorted(shown & live.why.keys())}}
 
 
 def _file_facts(args: argparse.Namespace) -> dict[str, Any]:
