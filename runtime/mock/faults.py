@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
-from planner.domain.faults import Fault
+from planner.domain.faults import FAULT_KINDS, Fault
 from runtime.clock import Clock
 
 __all__ = ["FaultBoard", "Host"]
@@ -66,6 +67,7 @@ class FaultBoard:
         self._tasks: dict[asyncio.Task[None], Fault] = {}
         self._active: list[Fault] = []
         self._ended = asyncio.Event()
+        self._outage = asyncio.Lock()  # coming back takes time, and the next one may be due
 
     def add(self, fault: Fault) -> None:
         """Schedule a fault; one whose time has come begins at once."""
@@ -127,16 +129,17 @@ class FaultBoard:
 
     async def _play(self, fault: Fault) -> None:
         await self._sleep(fault.at_s - self._clock.now_s())
-        self._active.append(fault)
-        try:
-            effect = _EFFECTS.get(fault.kind)
-            if effect is None:
-                await self._sleep(fault.for_s)
-            else:
-                await effect(self._host, fault, self._sleep)
-        finally:
-            self._active.remove(fault)
-            self._ended.set()
+        async with self._outage if FAULT_KINDS[fault.kind].outage else nullcontext():
+            self._active.append(fault)
+            try:
+                effect = _EFFECTS.get(fault.kind)
+                if effect is None:
+                    await self._sleep(fault.for_s)
+                else:
+                    await effect(self._host, fault, self._sleep)
+            finally:
+                self._active.remove(fault)
+                self._ended.set()
 
     async def _sleep(self, seconds: float) -> None:
         """Wait engine seconds; for ever if they are infinite."""
@@ -149,12 +152,24 @@ class FaultBoard:
 _Sleep = Callable[[float], Awaitable[None]]
 
 
+async def _to_its_end(undo: Coroutine[Any, Any, None]) -> None:
+    """Await what undoes a fault, also where the fault is cleared while it is being undone."""
+    task, cleared = asyncio.create_task(undo), False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cleared = True
+    if cleared:
+        raise asyncio.CancelledError
+
+
 async def _crash(host: Host, fault: Fault, sleep: _Sleep) -> None:
     try:
         await host.go_down(abort=True)
         await sleep(fault.for_s)
     finally:
-        await host.come_up()
+        await _to_its_end(host.come_up())
 
 
 async def _engine_dead(host: Host, fault: Fault, sleep: _Sleep) -> None:
@@ -165,7 +180,7 @@ async def _engine_dead(host: Host, fault: Fault, sleep: _Sleep) -> None:
         await host.go_down(abort=True)
         await sleep(max(0.0, fault.for_s - linger_s) if fault.for_s < math.inf else math.inf)
     finally:
-        await host.come_up()
+        await _to_its_end(host.come_up())
 
 
 async def _cold_restart(host: Host, fault: Fault, sleep: _Sleep) -> None:
@@ -173,7 +188,7 @@ async def _cold_restart(host: Host, fault: Fault, sleep: _Sleep) -> None:
         await host.go_down(abort=False)
         await sleep(fault.for_s)
     finally:
-        await host.come_up()
+        await _to_its_end(host.come_up())
 
 
 async def _drain(host: Host, fault: Fault, sleep: _Sleep) -> None:
@@ -182,7 +197,7 @@ async def _drain(host: Host, fault: Fault, sleep: _Sleep) -> None:
         await host.go_down(abort=False)
         await sleep(fault.for_s)
     finally:
-        await host.come_up()
+        await _to_its_end(host.come_up())
 
 
 async def _network_cut(host: Host, fault: Fault, sleep: _Sleep) -> None:
@@ -190,7 +205,7 @@ async def _network_cut(host: Host, fault: Fault, sleep: _Sleep) -> None:
         await host.go_down(abort=True, keep_engine=True)
         await sleep(fault.for_s)
     finally:
-        await host.come_up()
+        await _to_its_end(host.come_up())
 
 
 async def _hang(host: Host, fault: Fault, sleep: _Sleep) -> None:

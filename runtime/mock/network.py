@@ -35,7 +35,7 @@ class Port:
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
         )
-        self._site: web.TCPSite | None = None
+        self._listener: asyncio.Server | None = None
         self._host = host
         self.number = number
         self._owner = owner
@@ -46,6 +46,11 @@ class Port:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.number}"
 
+    @property
+    def connected(self) -> int:
+        """Connections that are open."""
+        return 0 if self._runner.server is None else len(self._runner.server.connections)
+
     async def open(self) -> None:
         """Listen; nothing happens if it does.
 
@@ -54,31 +59,38 @@ class Port:
         InvalidInput
             If the port cannot be bound.
         """
-        if self._site is not None:
+        if self._listener is not None:
             return
         if self._runner.server is None:
             await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self.number)
+        assert self._runner.server is not None  # noqa: S101 - set up
+        loop = asyncio.get_running_loop()
         try:
-            await site.start()
+            self._listener = await loop.create_server(self._runner.server, self._host, self.number)
         except OSError as error:
             raise InvalidInput(
                 f"port {self.number} cannot be bound ({bind_problem(error)})",
                 where=f"worker {self._owner!r}: url",
                 remedy="stop what uses it, or change the port in the fleet file or --host",
             ) from error
-        self._site = site
-        self.number = self._runner.addresses[0][1]
+        self.number = self._listener.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         """Listen no longer; connections stay."""
-        site, self._site = self._site, None
-        if site is not None:
-            await site.stop()
-            # Connections accepted a moment ago get their transport in the next turns of the loop;
-            # whoever hangs up after this must not miss them.
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            # Connections accepted a moment ago get their transport in the next turns of the loop.
+            # asyncio forgets those whose server is closed before, and whoever hangs up after this
+            # must not miss them.
+            for one in listener.sockets:
+                loop.remove_reader(one.fileno())
             for _ in range(_ACCEPT_TURNS):
                 await asyncio.sleep(0)
+        finally:
+            listener.close()
 
     def finish(self) -> None:
         """Let each connection end with the answer under way, or now."""
