@@ -92,6 +92,7 @@ class LiveView:
             if run is None:
                 return None
             own = _so_far(run, now_s)
+        finish_s = None if going is None else self._outlooks.finish_s(going)
         records = [own, *log.records, *(ticket.record() for ticket in log.open.values())]
         table, view = control.table, control.router.view
         why: dict[str, str] = {}
@@ -104,7 +105,7 @@ class LiveView:
             "schema": RUN_SCHEMA,
             "now_s": round(now_s, 3),
             "records": [record_to_json(one) for one in records],
-            "predicted_finish_s": None if going is None else self._outlooks.finish_s(going),
+            "predicted_finish_s": None if finish_s is None else max(finish_s, now_s),
             "table_version": control.table_version,
             "why": why,
         }

@@ -7,19 +7,23 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from urllib.parse import quote
 
 import httpx
 import pytest
 
+from planner.dispatch.table import LoadLevel, Tuning, compile_table
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable, Quantiles, SiteEstimate, WorkflowEstimate
+from planner.domain.plan import Assignment, Plan
 from planner.domain.trace import BranchRecord, CallRecord, RunRecord, ToolRecord, record_from_json
 from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from runtime.config import GatewayConfig
 from runtime.dashboard.journal import Journal
 from runtime.dashboard.live import LIVE_SCHEMA, RUN_SCHEMA
 from runtime.dashboard.page import page_headers, page_text
+from runtime.replanning import Replanner
 from tests.runtime.browser import CHROMIUM, browser
 
 ADMIN = {"authorization": "Bearer secret"}
@@ -132,6 +136,59 @@ async def test_a_run_without_a_forecast_has_no_progress(stack):
         await http.post("/v1/completions", **call())
         (run,) = (await live(http))["runs"]
         assert (run["left_s"], run["progress"]) == (None, None)
+
+
+def table_for(fleet):
+    """Return a table that sends all calls of the workflow to the second endpoint."""
+    plan = Plan(
+        workflow_hash=WORKFLOW.content_hash,
+        fleet_hash=fleet.content_hash(),
+        arrival_rate_rps=1.0,
+        run_classes=1,
+        assignments=tuple(
+            Assignment(run_class=0, site=site, endpoint="e1") for site in ("a#0", "b#0")
+        ),
+        levels={},
+        objective_s=2.0,
+        bound_s=1.9,
+        status="feasible",
+        scenarios=1,
+        seed=0,
+    )
+    level = LoadLevel(occupancy=100.0, plan=plan, prices={"e0": 0.0, "e1": 0.0})
+    return compile_table([level], WORKFLOW, fleet, ESTIMATES)
+
+
+async def test_the_plan_shows_age_bound_and_gap_while_its_table_is_in_use(stack):
+    """What was proven of an adopted plan is told, and no longer once another table is loaded."""
+    async with shown(stack, policy="almanac") as (s, http):
+        table = table_for(s.control.fleet)
+        proof = {"status": "feasible", "objective_s": 2.0, "bound_s": 1.9, "gap": 0.05}
+
+        async def ask(_line):
+            verdict = {"activate": True, **proof}
+            return {"table": table.to_json(), "plans": [], "activation": verdict}
+
+        replanner = Replanner(s.control, ["never started"])
+        replanner.process.ask = ask
+        s.control.replanning = replanner.facts
+        assert (await live(http))["plan"]["last"] is None
+        assert await replanner.plan("start") == "adopted"
+        plan = (await live(http))["plan"]
+        assert plan["proof"] == {"version": table.version, **proof}
+        assert plan["version"] == table.version
+        assert plan["age_s"] >= 0
+        assert plan["replans"] == {"adopted": 1}
+        assert (plan["last"]["reason"], plan["last"]["outcome"]) == ("start", "adopted")
+
+        await http.post("/v1/completions", **call())
+        told = (await http.get("/almanac/v1/runs/r")).json()
+        assert "e1 takes 100%" in told["why"]["a#0"]
+        assert told["records"][1]["reason"] == "plan"
+
+        s.control.set_table(replace(table, tuning=Tuning(theta=2.0)))
+        plan = (await live(http))["plan"]
+        assert (plan["proof"], plan["version"] != table.version) == (None, True)
 
 
 async def test_kv_use_and_load_are_told_of_each_endpoint(stack, until):
