@@ -1,4 +1,4 @@
-"""The page of a study: latency over load, a table per setting, and where it all came from.
+"""The page of a study: its bars, pictures, losses beside wins, a table per setting, its origin.
 
 Input is the study's document as plain data. No script, no external asset; the same document gives
 the same bytes.
@@ -13,15 +13,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from planner import __version__
 from planner.domain.files import atomic_write
-from planner.report.drawing import STYLE, new_figure, to_png
-from planner.report.plots import LoadPoint, draw_load_curves
+from planner.report.drawing import to_png
+from planner.report.study_plots import OURS, attainment_plot, forest_plot, load_plot, panels
 
-__all__ = ["load_plot", "write_study_page"]
+__all__ = ["write_study_page"]
 
 Setting = Mapping[str, Any]
 
@@ -49,70 +48,34 @@ _COLUMNS = (
     ("stretch_p99", "Req99", 1.0, 2),
     ("jain", "Jain", 1.0, 3),
     ("throughput_rps", "runs/s", 1.0, 2),
+    ("goodput_rps", "good runs/s", 1.0, 2),
     ("prefix_hit_ratio", "hit %", 100.0, 1),
     ("refilled_tokens", "refilled kilotokens", 1e-3, 0),
+    ("refilled_share", "refilled %", 100.0, 1),
+    ("belady_ratio", "/ Belady", 1.0, 2),
+    ("kv_usage", "KV in use %", 100.0, 1),
     ("dispatch_p50_us", "decision us", 1.0, 0),
 )
-_SHOWN = (("mean_s", "mean"), ("stretch_p95", "Req95"))
-
-
-def load_plot(settings: Sequence[Setting]) -> Figure:
-    """Draw mean run latency over load, a panel per group of settings that differ in load only."""
-    panels = _panels(settings)
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    with rc_context(STYLE):
-        figure = new_figure(3.6 * columns, 3.1 * lines + 0.5)
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        names = list(dict.fromkeys(p["policy"] for one in settings for p in one["policies"]))
-        for axes, (title, group) in zip(grid, panels.items(), strict=False):
-            draw_load_curves(
-                axes,
-                {
-                    name: [
-                        LoadPoint(
-                            load=one["setting"]["load"], value_s=policy["metrics"]["mean_s"]["mean"]
-                        )
-                        for one in group
-                        for policy in one["policies"]
-                        if policy["policy"] == name and policy["metrics"]["mean_s"]
-                    ]
-                    for name in names
-                },
-            )
-            axes.set_title(title)
-            axes.set_xlabel("load (arrival rate / capacity)")
-            axes.set_ylabel("mean run latency (s)")
-        for axes in grid[len(panels) :]:
-            axes.set_visible(False)
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def _panels(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    panels: dict[str, list[Setting]] = {}
-    for one in settings:
-        fields = one["setting"]
-        title = f"{fields['fleet']}, {fields['mix']}, {fields['kv']} KV, {fields['arrivals']}"
-        panels.setdefault(title, []).append(one)
-    return panels
+_SHOWN = (("mean_s", "mean"), ("p95_s", "P95"), ("stretch_p95", "Req95"))
+_LEGEND = (
+    "<p>Quantiles of runs are over the runs of all seeds together. A run is good if it keeps its "
+    "deadline or, without one, takes at most {scale:g} times its time alone. Regret is against a "
+    "bound that no policy beats.</p>\n"
+)
+_FOREST = (("mean_s", "mean run latency"), ("p95_s", "P95 of run latency"))
 
 
 def write_study_page(document: Mapping[str, Any], out: Path) -> Path:
-    """Write the page of a study document (schema ``almanac.study/1``); return its path."""
+    """Write the page of a study document (schema ``almanac.study/2``); return its path."""
     settings = document["settings"]
     title = f"Study: {document['study']}"
     facts = {**document["config"], **document["code"], **document["hardware"]}
-    image = base64.b64encode(to_png(load_plot(settings))).decode("ascii")
-    picture = (
-        '<figure><img alt="Mean run latency over load, by policy; the figures are in the tables '
-        f'below" src="data:image/png;base64,{image}"><figcaption>Mean run latency over load. '
-        "Logarithmic axis.</figcaption></figure>"
-    )
     main = [
-        picture,
+        _bars(document["bars"]),
+        _against_best(settings),
+        _pictures(settings),
         "<h2>Settings</h2>",
+        _LEGEND.format(scale=document["config"]["good_scale"]),
         *(_setting(one) for one in settings),
         "<h2>Threats to validity</h2><ul>",
         *(f"<li>{escape(one)}</li>" for one in document["threats"]),
@@ -136,8 +99,89 @@ def write_study_page(document: Mapping[str, Any], out: Path) -> Path:
     return out
 
 
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    return (
+        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>'
+        f"</thead><tbody>{''.join(rows)}</tbody></table></div>\n"
+    )
+
+
+def _bars(bars: Sequence[Mapping[str, Any]]) -> str:
+    if not bars:
+        return ""
+    rows = []
+    for bar in bars:
+        interval = bar["interval"]
+        within = "-" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+        cells = [f"{bar['value']:.4g} {bar['unit']}", within, bar["range"]]
+        verdict = ("win", "yes") if bar["holds"] else ("loss", "no")
+        rows.append(
+            f"<tr><td>{escape(bar['name'])}</td>"
+            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            + f'<td class="{verdict[0]}">{verdict[1]}</td><td>{escape(bar["source"] or "-")}</td>'
+            "</tr>"
+        )
+    held = sum(bar["holds"] for bar in bars)
+    head = ["bar", "figure", "95 % interval", "expected", "holds", "published"]
+    return f"<h2>Bars</h2>\n<p>{held} of {len(bars)} hold.</p>{_table(head, rows)}"
+
+
+def _against_best(settings: Sequence[Setting]) -> str:
+    """Return losses beside wins: almanac against the best other policy of each setting."""
+    rows, counts = [], {"win": 0, "tie": 0, "loss": 0}
+    for one in settings:
+        for policy in one["policies"]:
+            if policy["policy"] == OURS and policy["against_best"]:
+                cells = "".join(_compared(policy["against_best"], metric) for metric, _ in _SHOWN)
+                rows.append(f"<tr><td>{escape(one['name'])}</td>{cells}</tr>")
+                for found in policy["against_best"]:
+                    if found["metric"] in dict(_FOREST):
+                        counts[found["verdict"]] += 1
+    if not rows:
+        return ""
+    head = ["setting", *(name for _, name in _SHOWN)]
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    return (
+        f"<h2>{OURS} against the best other policy</h2>\n<p>Mean and P95: {said}. The best is "
+        f"chosen for each setting and figure anew, on the same runs.</p>{_table(head, rows)}"
+    )
+
+
+def _pictures(settings: Sequence[Setting]) -> str:
+    made = []
+    if any(_ours(one) for one in settings):
+        made += [
+            _picture(forest_plot(settings, metric, name), f"Differences in {name}, 95 % intervals.")
+            for metric, name in _FOREST
+        ]
+    groups = panels(settings)
+    if groups:
+        made.append(_picture(load_plot(groups), "Mean run latency over load. Logarithmic axis."))
+    made.append(
+        _picture(
+            attainment_plot(settings),
+            "Attainment: the share of runs that took at most so many times their time alone. "
+            "The line at 95 % crosses a curve at its Req95.",
+        )
+    )
+    return f"<h2>Pictures</h2>\n{''.join(made)}"
+
+
+def _ours(one: Setting) -> bool:
+    return any(p["policy"] == OURS and p["against_best"] for p in one["policies"])
+
+
+def _picture(figure: Figure, caption: str) -> str:
+    image = base64.b64encode(to_png(figure)).decode("ascii")
+    said = escape(caption)
+    return (
+        f'<figure><img alt="{said} The figures are in the tables." '
+        f'src="data:image/png;base64,{image}"><figcaption>{said}</figcaption></figure>\n'
+    )
+
+
 def _setting(one: Setting) -> str:
-    head = ["policy", *(heading for _, heading, _, _ in _COLUMNS)]
+    head = ["policy", *(heading for _, heading, _, _ in _COLUMNS), "regret %"]
     head += [f"{name} against {whom}" for _, name in _SHOWN for whom in ("baseline", "best other")]
     rows = []
     for policy in one["policies"]:
@@ -146,13 +190,14 @@ def _setting(one: Setting) -> str:
             value = policy["metrics"][metric]
             text = "-" if value is None else f"{value['mean'] * scale:.{digits}f}"
             cells.append(f"<td>{text}</td>")
+        regret = policy["regret"]
+        cells.append(f"<td>{'-' if regret is None else f'{100.0 * regret:.0f}'}</td>")
         for metric, _ in _SHOWN:
             cells += [_compared(policy[whom], metric) for whom in _AGAINST]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<h3>{escape(one['name'])} ({one['rate_rps']:.3g} runs/s)</h3>"
-        f'<div class="scroll"><table><thead><tr>{"".join(f"<th>{h}</th>" for h in head)}</tr>'
-        f"</thead><tbody>{''.join(rows)}</tbody></table></div>\n{_clairvoyant(one['clairvoyant'])}"
+        f"{_table(head, rows)}{_clairvoyant(one['clairvoyant'])}"
     )
 
 

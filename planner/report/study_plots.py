@@ -1,0 +1,130 @@
+"""The pictures of a study, drawn from its document as plain data.
+
+Two dozen policies do not fit a legend: where there are many, the best few of a panel are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from planner.metrics import PairedDifference
+from planner.report.drawing import DASHES, PALETTE, STYLE, new_figure
+from planner.report.plots import LoadPoint, draw_load_curves, effects
+
+__all__ = ["attainment_plot", "forest_plot", "load_plot", "panels"]
+
+Setting = Mapping[str, Any]
+OURS = "almanac"
+_NAMED = 5
+_FAINT = "#bbbbbb"
+
+
+def panels(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Return the settings that differ in load only, by title; groups of one left out."""
+    groups: dict[str, list[Setting]] = {}
+    for one in settings:
+        fields = one["setting"]
+        title = f"{fields['fleet']}, {fields['mix']}, {fields['kv']} KV, {fields['arrivals']}"
+        if fields["forecasts"] != "learned":
+            title += f", {fields['forecasts']} forecasts"
+        groups.setdefault(title, []).append(one)
+    return {title: group for title, group in groups.items() if len(group) > 1}
+
+
+def load_plot(groups: Mapping[str, Sequence[Setting]]) -> Figure:
+    """Draw mean run latency over load, a panel per group of `panels`."""
+    with rc_context(STYLE):
+        figure, grid = _grid(len(groups))
+        for axes, (title, group) in zip(grid, groups.items(), strict=True):
+            curves: dict[str, list[LoadPoint]] = {}
+            for one in sorted(group, key=lambda one: one["setting"]["load"]):
+                for policy in one["policies"]:
+                    if policy["metrics"]["mean_s"]:
+                        value_s = policy["metrics"]["mean_s"]["mean"]
+                        point = LoadPoint(load=one["setting"]["load"], value_s=value_s)
+                        curves.setdefault(policy["policy"], []).append(point)
+            # The best are those at the highest load, where policies lie apart.
+            named = _named({name: points[-1].value_s for name, points in curves.items()})
+            draw_load_curves(axes, {name: curves[name] for name in named})
+            axes.legend(frameon=False, fontsize=6.5)
+            axes.set_title(title)
+            axes.set_xlabel("load (arrival rate / capacity)")
+            axes.set_ylabel("mean run latency (s)")
+    return figure
+
+
+def attainment_plot(settings: Sequence[Setting]) -> Figure:
+    """Draw the share of runs within a multiple of their time alone, a panel per setting."""
+    with rc_context(STYLE):
+        figure, grid = _grid(len(settings))
+        for axes, one in zip(grid, settings, strict=True):
+            lines = {
+                policy["policy"]: [(scale, 100.0 * share) for scale, share in policy["attainment"]]
+                for policy in one["policies"]
+                if policy["attainment"]
+            }
+            # The best has most runs within the scales shown.
+            named = _named({n: -sum(share for _, share in line) for n, line in lines.items()})
+            for name, line in lines.items():
+                if name not in named:
+                    axes.plot(*zip(*line, strict=True), color=_FAINT, linewidth=0.7)
+            for place, name in enumerate(named):
+                axes.plot(
+                    *zip(*lines[name], strict=True),
+                    color=PALETTE[place % len(PALETTE)],
+                    linestyle=DASHES[place % len(DASHES)],
+                    linewidth=2.4 if name == OURS else 1.2,
+                    label=name,
+                )
+            axes.legend(frameon=False, fontsize=6.5)
+            axes.axhline(95.0, color=_FAINT, linewidth=0.8)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            axes.set_ylim(40.0, 100.5)
+            axes.set_title(one["name"], fontsize=8.0)
+            axes.set_xlabel("run latency / its time alone")
+            axes.set_ylabel("runs within (%)")
+    return figure
+
+
+def forest_plot(settings: Sequence[Setting], metric: str, name: str) -> Figure:
+    """Draw almanac's difference to the best other policy, setting by setting, with intervals.
+
+    At least one setting has to have one.
+    """
+    rows = {
+        f"{one['name']}  vs {found['baseline']}": PairedDifference(
+            found["difference"],
+            -math.inf if found["low"] is None else found["low"],
+            math.inf if found["high"] is None else found["high"],
+        )
+        for one in settings
+        for policy in one["policies"]
+        if policy["policy"] == OURS
+        for found in policy["against_best"]
+        if found["metric"] == metric
+    }
+    return effects(rows, quantity=name, against="the best other policy")
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(3, count)
+    lines = -(-count // columns)
+    figure = new_figure(3.7 * columns, 3.2 * lines)
+    every = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in every[count:]:
+        axes.set_visible(False)
+    return figure, list(every[:count])
+
+
+def _named(badness: Mapping[str, float]) -> list[str]:
+    """Return ours, if it is there, and the best few others."""
+    ranked = sorted(badness, key=lambda name: badness[name])
+    return [*([OURS] if OURS in ranked else []), *[n for n in ranked if n != OURS][:_NAMED]]
