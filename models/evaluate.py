@@ -37,6 +37,7 @@ from models.tables import Dataset
 from models.tool_delay import tool_delay_predictor
 from planner.domain.calibration import adapted
 from planner.domain.estimates import LEVELS
+from planner.domain.show import html_table
 
 __all__ = ["Bar", "Curve", "Evaluation", "bar", "evaluate"]
 
@@ -108,6 +109,14 @@ class Evaluation:
     bars: tuple[Bar, ...]
     curves: tuple[Curve, ...] = ()
     set_aside: tuple[str, ...] = ()
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the bars as a data frame, a row each."""
+        return pd.DataFrame(self.to_json())
+
+    def _repr_html_(self) -> str:
+        """Return the bars for a notebook."""
+        return html_table(self.to_json())
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the bars as JSON-ready rows; ``bar`` is None where a figure is only reported."""

@@ -73,6 +73,16 @@ class TrainReport:
         """Return the results as a text table."""
         return results_table(self.results)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return the results as a data frame, a row per predictor and dataset."""
+        return pd.DataFrame([{**asdict(one), "gain": one.gain} for one in self.results])
+
+    def _repr_html_(self) -> str:
+        """Return the results for a notebook."""
+        columns = ["predictor", "dataset", "rows_held_out", "metric", "value", "baseline", "gain"]
+        frame = self.to_frame()[[*columns, "shipped"]]
+        return str(frame.to_html(index=False, float_format=lambda value: f"{value:.4g}"))
+
 
 @dataclass
 class _Harvest:

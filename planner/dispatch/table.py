@@ -30,6 +30,7 @@ from planner.domain.estimates import EstimateTable
 from planner.domain.files import atomic_write, read_json
 from planner.domain.fleet import Endpoint, Fleet
 from planner.domain.plan import Plan
+from planner.domain.show import html_table
 from planner.domain.workflow import Workflow
 
 __all__ = [
@@ -172,6 +173,24 @@ class DispatchTable:
                 for row in sorted(self.rows, key=lambda r: (r.workflow_hash, r.site, r.bucket))
             ],
         }
+
+    def _repr_html_(self) -> str:
+        """Return the rows, each with its ranked endpoints, for a notebook."""
+        return html_table(
+            [
+                {
+                    "call site": row.site,
+                    "calls per slot from": row.valid_from,
+                    "priority": row.priority,
+                    "ranked": ", ".join(
+                        f"{one.endpoint} {one.share:.0%} {one.cost_s:.2f} s" for one in row.ranked
+                    ),
+                    "reason": row.reason,
+                }
+                for row in self.rows
+            ],
+            f"dispatch table {self.version}: share of the call site's traffic and cost by endpoint",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, schema and version included."""

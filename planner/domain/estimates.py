@@ -21,6 +21,7 @@ import numpy as np
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.latency import LatencyRow
+from planner.domain.show import html_table
 
 __all__ = [
     "ESTIMATES_SCHEMA",
@@ -280,6 +281,26 @@ class EstimateTable:
         if workflow is None:
             return PRIOR_TOOL
         return workflow.tools.get(node, PRIOR_TOOL)
+
+    def _repr_html_(self) -> str:
+        """Return the forecasts of each call site, for a notebook."""
+        return html_table(
+            [
+                {
+                    "workflow": estimate.name or key,
+                    "call site": site,
+                    "output tokens P50": one.output_tokens.at(0.5),
+                    "P90": one.output_tokens.at(0.9),
+                    "prompt tokens P50": one.prompt_tokens.at(0.5),
+                    "shared prefix": one.shared_prefix_tokens,
+                    "observed": one.output_tokens.count,
+                    "from": one.output_tokens.provenance,
+                }
+                for key, estimate in self.workflows.items()
+                for site, one in sorted(estimate.sites.items())
+            ],
+            f"estimates {self.version}",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready form, schema included."""

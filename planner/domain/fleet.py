@@ -24,6 +24,7 @@ from planner.domain.memory import (
     kv_blocks_that_fit,
     model_size,
 )
+from planner.domain.show import html_table
 
 __all__ = [
     "FLEET_SCHEMA",
@@ -156,6 +157,24 @@ class Fleet:
                 seen[address] = endpoint.id
         self._check_pools()
         object.__setattr__(self, "_index", index)
+
+    def _repr_html_(self) -> str:
+        """Return the endpoints for a notebook."""
+        return html_table(
+            [
+                {
+                    "endpoint": one.id,
+                    "model": one.model,
+                    "GPU": one.gpu if one.tp == 1 else f"{one.tp} x {one.gpu}",
+                    "slots": one.max_num_seqs,
+                    "KV tokens": one.kv_tokens,
+                    "role": one.role,
+                    "$/h": one.usd_per_hour,
+                }
+                for one in self.endpoints
+            ],
+            f"fleet {self.name}",
+        )
 
     def _check_pools(self) -> None:
         for position, endpoint in enumerate(self.endpoints):

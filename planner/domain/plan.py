@@ -63,6 +63,7 @@ from typing import Any
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.objective import MEAN, Objective
+from planner.domain.show import html_table
 
 __all__ = [
     "PLAN_SCHEMA",
@@ -224,6 +225,17 @@ class Plan:
     def keeps(self, site: str) -> bool:
         """Return whether most of a site's sessions keep their KV for another visit."""
         return any(one.site == site and one.share >= 0.5 for one in self.retention)
+
+    def _repr_html_(self) -> str:
+        """Return what was proven and each call site's shares, for a notebook."""
+        return html_table(
+            [
+                {"call site": site, **{name: f"{share:.0%}" for name, share in row.items()}}
+                for site, row in sorted(self.shares().items())
+            ],
+            f"{self.status}: {self.objective_s:.2f} s expected, proven at least {self.bound_s:.2f} "
+            f"s (gap {self.gap:.1%}), at {self.arrival_rate_rps:.3g} runs/s",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready form, schema and gap included."""

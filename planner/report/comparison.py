@@ -133,6 +133,26 @@ class ComparisonTable:
     rows: tuple[ComparisonRow, ...]
     best: tuple[str | None, ...]
 
+    def to_frame(self) -> Any:
+        """Return a row per policy as a pandas data frame: means over seeds, and the differences."""
+        import pandas as pd
+
+        rows = []
+        for row in self.rows:
+            facts: dict[str, Any] = {"policy": row.label}
+            for column, value in zip(COLUMNS, row.values, strict=True):
+                facts[column.heading] = None if value is None else value.mean * column.scale
+            for metric, one in zip(COMPARED, row.comparisons, strict=True):
+                mean, low, high = (None,) * 3 if one is None else one.difference
+                facts[f"{metric} against best"] = mean
+                facts[f"{metric} low"], facts[f"{metric} high"] = low, high
+            rows.append(facts)
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        return str(self.to_frame().to_html(index=False, float_format=lambda value: f"{value:.3g}"))
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {

@@ -48,6 +48,7 @@ __all__ = [
     "Forecast",
     "LoadPoint",
     "calibration_plot",
+    "draw_load_curves",
     "effects",
     "fleet_gantt",
     "fleet_occupancy",
@@ -421,6 +422,8 @@ def load_latency(
 def draw_load_curves(axes: Axes, curves: Mapping[str, Sequence[LoadPoint]]) -> None:
     """Draw the lines of `load_latency` into axes; the latency axis gets logarithmic."""
     for position, (label, points) in enumerate(curves.items()):
+        if not points:
+            continue
         ordered = sorted(points, key=lambda one: one.load)
         whiskers = np.array(
             [
@@ -576,6 +579,8 @@ def search_progress(log: Sequence[tuple[float, float, float]]) -> Figure:
     if not log:
         raise InvalidInput("no entry", where="search log", remedy="give that of a solved plan")
     times, best, bound = (np.array(column) for column in zip(*log, strict=True))
+    # What was found stays found, and what was proven stays proven.
+    best, bound = np.minimum.accumulate(best), np.maximum.accumulate(bound)
     with rc_context(STYLE):
         figure = new_figure(7.2, 3.4)
         axes = figure.subplots()
@@ -589,5 +594,5 @@ def search_progress(log: Sequence[tuple[float, float, float]]) -> Figure:
         axes.set_title(f"{best[-1]:.2f} s, at least {bound[-1]:.2f} s: gap {gap:.1%}")
         axes.set_xlabel("search time (s)")
         axes.set_ylabel("expected run latency (s)")
-        axes.legend(frameon=False, loc="best")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
