@@ -44,15 +44,11 @@ class LiveView:
     async def facts(self) -> dict[str, Any]:
         """Return endpoints, runs in progress, plan, decisions and recent regret."""
         control = self._control
-        view = control.router.view
-        listed = [
-            (run, control.journal.find(run.run_id) or RunLog())
-            for run in control.runs.active()[:_RUNS]
-        ]
-        await self._outlooks.look(listed, control.sampled, view, control.clock.now_s())
+        await self._outlooks.look(
+            self._listed(), control.sampled, control.router.view, control.clock.now_s()
+        )
         # The forecasts gave way to other tasks: what follows is of one instant.
         now_s = control.clock.now_s()
-        still = {run.run_id for run in control.runs.active()}
         return {
             "schema": LIVE_SCHEMA,
             "now_s": round(now_s, 3),
@@ -68,7 +64,7 @@ class LiveView:
                 for state in control.router.view.states
                 if state.index not in control.absent
             ],
-            "runs": [self._run(run, log, now_s) for run, log in listed if run.run_id in still],
+            "runs": [self._run(run, log, now_s) for run, log in self._listed()],
             "decisions": [
                 {"policy": policy, "reason": reason, "count": count}
                 for (policy, reason), count in control.journal.decisions.most_common()
@@ -109,6 +105,13 @@ class LiveView:
             "table_version": control.table_version,
             "why": why,
         }
+
+    def _listed(self) -> list[tuple[Run, RunLog]]:
+        control = self._control
+        return [
+            (run, control.journal.find(run.run_id) or RunLog())
+            for run in control.runs.active()[:_RUNS]
+        ]
 
     def _plan(self, now_s: float) -> dict[str, Any]:
         control = self._control
