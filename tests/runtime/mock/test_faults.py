@@ -114,7 +114,7 @@ async def test_a_dead_engine_answers_errors_then_crashes_then_returns(mock_of, c
         ) as answer:
             lines = answer.aiter_lines()
             await anext(lines)
-            await begin(http, "engine_dead", linger_s=20, for_s=30)
+            await begin(http, "engine_dead", linger_s=LONG, for_s=None)
             rest = [line async for line in lines if line]
         assert answer.status_code == 200
         assert rest[-1] == "data: [DONE]"
@@ -122,7 +122,10 @@ async def test_a_dead_engine_answers_errors_then_crashes_then_returns(mock_of, c
         assert (await http.get("/health")).status_code == 503
         with pytest.raises(openai.InternalServerError, match="had an error while processing"):
             await ask.chat.completions.create(model="m", messages=user("a"))
-        await until(lambda: mock.endpoints[0].paced.live == 0 and not mock.endpoints[0].paced.dead)
+        assert await end(http) == 1
+        assert await works(http)
+        await begin(http, "engine_dead", linger_s=1, for_s=2)
+        await until(lambda: not mock.endpoints[0].board.faults())
         await comes_back(http, until)
         assert await works(http)
 
@@ -260,7 +263,7 @@ async def test_a_blackhole_swallows_everything_until_it_ends(mock_of, client_of,
         await begin(http, "blackhole", for_s=None)
         for path in ("/health", "/metrics"):
             with pytest.raises(httpx.ReadTimeout):
-                await http.get(path, timeout=0.05)
+                await http.get(path, timeout=httpx.Timeout(5, read=0.05))
         await until(lambda: mock.endpoints[0].paced.live == 0)  # the engine went on
         assert await end(http, "blackhole") == 1
         text = "".join([chunk.choices[0].delta.content async for chunk in events])
@@ -354,18 +357,22 @@ async def test_a_drain_without_grace_aborts(mock_of, client_of):
 
 async def test_faults_of_the_fleet_file_happen_at_their_time(mock_of, until):
     """A scheduled fault begins and ends by itself; others of the fleet are not touched."""
-    faults = {EndpointId("e1"): (read_fault({"kind": "http_503", "at_s": 5, "for_s": 20}, "file"),)}
-    async with mock_of(2, faults=faults) as mock, connect(mock, 1) as http:
-        (row,) = (await http.get("/mock/faults")).json()["faults"]
-        assert row["state"] in ("scheduled", "active")
+    faults = (
+        read_fault({"kind": "http_429", "at_s": 5, "for_s": 5}, "file"),
+        read_fault({"kind": "http_503", "at_s": 20, "for_s": None}, "file"),
+        read_fault({"kind": "straggler", "at_s": 10**6, "for_s": 1}, "file"),
+    )
+    async with mock_of(2, faults={EndpointId("e1"): faults}) as mock, connect(mock, 1) as http:
         board = mock.endpoints[1].board
         await until(lambda: board.active("http_503"))
-        refused = not await works(http)
+        assert not await works(http)
         async with connect(mock, 0) as other:
             assert await works(other)
-        await until(lambda: not board.faults())
-        assert refused
-        assert await works(http)
+        rows = (await http.get("/mock/faults")).json()["faults"]
+        assert [(row["kind"], row["state"]) for row in rows] == [
+            ("http_503", "active"),
+            ("straggler", "scheduled"),
+        ]
 
 
 async def test_any_port_reaches_any_worker_and_bad_faults_are_refused(mock_of):
