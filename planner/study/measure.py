@@ -128,8 +128,8 @@ def measure(
     alone_s
         Latency of each run alone on the idle fleet, s, in the same order.
     belady
-        Whether to replay the cache under Belady's rule, which takes about as long as a tenth of
-        the simulation.
+        Whether to replay the cache under Belady's rule, which takes more than half as long as the
+        simulation.
     """
     skipped = {run.run_id for run in runs[: int(WARM_UP * len(runs))]}
     counted = [one for one in records if one.run_id not in skipped]
