@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
                     _say(f"not ready: no answer from {silent}; start them or check their urls")
                     return 1
                 _say(f"warning: no answer from {silent}; looking again until they come up")
+            if config.gateway.dashboard:
+                _say(f"live view: {server.address}/dashboard")
             _say(f"ready: {server.address}, policy {launch.policy}")
             async with contextlib.AsyncExitStack() as beside:
                 if replan is not None:
