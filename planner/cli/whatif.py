@@ -83,6 +83,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "combine (default: endpoints, load, tenants and deadlines)",
     )  # fmt: skip
     parser.add_argument(
+        "--cheapest", action="store_true",
+        help="look for the cheapest fleet of these kinds of endpoints that meets --target",
+    )  # fmt: skip
+    parser.add_argument(
         "--prices", action="store_true",
         help="what one more endpoint of each kind, slot, GB of KV and second of deadline is worth",
     )  # fmt: skip
@@ -144,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
 
     store = Store(folder=None if args.out is None else args.out / "kept", jobs=args.jobs,
                   progress=progress)  # fmt: skip
-    if args.demo and not (args.change or args.target or args.grid or args.why_not or args.prices):
+    asked = (args.change, args.target, args.grid, args.why_not, args.prices)
+    if args.demo and not any(asked):
         return _bars(args)
     document, text = _answer(args, _question(args), store)
     if args.out is not None:
@@ -168,15 +173,17 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidInput(
             "--demo has its own workflow", where="--workflow", remedy="leave one of them out"
         )
-    modes = [name for name in ("grid", "why_not", "prices") if getattr(args, name)]
+    modes = [name for name in ("grid", "why_not", "cheapest", "prices") if getattr(args, name)]
     if len(modes) > 1:
         raise InvalidInput(
             "several at once", where=", ".join(f"--{one.replace('_', '-')}" for one in modes),
             remedy="ask one after the other",
         )  # fmt: skip
-    if args.why_not and not args.target:
-        raise InvalidInput("no --target", where="--why-not", remedy="give one, as in p95=8")
-    if args.change and (args.grid or args.prices):
+    for name in ("why_not", "cheapest"):
+        if getattr(args, name) and not args.target:
+            option = f"--{name.replace('_', '-')}"
+            raise InvalidInput("no --target", where=option, remedy="give one, as in p95=8")
+    if args.change and (args.grid or args.prices or args.cheapest):
         raise InvalidInput(
             "--change has no meaning here", where="--change", remedy="put changes into the grid"
         )
@@ -184,11 +191,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _question(args: argparse.Namespace) -> Question:
     from planner.whatif.demo import demo_question
-    from planner.whatif.facade import make_question
+    from planner.whatif.facade import question
 
     if args.demo:
         return demo_question(*args.rate[:1], deadline_s=(args.deadline or [20.0])[0])
-    return make_question(
+    return question(
         args.fleet,
         args.workflow,
         args.estimates,
@@ -206,6 +213,7 @@ def _answer(
 ) -> tuple[Mapping[str, Any], str]:
     from planner.whatif.answer import what_if
     from planner.whatif.changes import parse_scenario
+    from planner.whatif.cheapest import cheapest_fleet
     from planner.whatif.grid import load_grid, run_grid
     from planner.whatif.prices import marginal_values
     from planner.whatif.question import Target
@@ -229,6 +237,10 @@ def _answer(
             question, target, changes=changes, effort=_effort(args, 4, 120, target), store=store
         )
         return reasons.to_json(), reasons.text()
+    if args.cheapest:
+        assert target is not None  # noqa: S101 - checked above
+        fleet = cheapest_fleet(question, target, effort=_effort(args, 4, 120, target), store=store)
+        return fleet.to_json(), fleet.text()
     if args.prices:
         prices = marginal_values(question, effort=_effort(args, 6, 150, target), store=store)
         return prices.to_json(), prices.text()

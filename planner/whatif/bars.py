@@ -88,8 +88,8 @@ def _first_question(jobs: int, timer: Timer) -> list[Bar]:
     return [Bar(name="first question", value=took, unit="s", bar=15.0, holds=took < 15.0)]
 
 
-class _Stopped(Exception):  # noqa: N818 - it is no error: it stands for the user's Ctrl-C
-    pass
+class _Stopped(Exception):
+    """Stands for the user's Ctrl-C."""
 
 
 def _grid(jobs: int, timer: Timer, progress: Progress) -> list[Bar]:

@@ -29,7 +29,10 @@ Kind = Literal["added", "removed", "changed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One row that differs: what it is about, which field, and both values (None if absent)."""
+    """One row that differs: which field, and both values (None if absent).
+
+    Of a row that is in one of the two only, the values are all its fields, and ``field`` is empty.
+    """
 
     kind: Kind
     row: str
@@ -91,6 +94,8 @@ class Diff:
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, Mapping):
+        return "present"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -155,12 +160,14 @@ def _name(one: Comparable) -> str:
 def _changes(
     name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
 ) -> Iterable[Change]:
-    kind: Kind = "changed" if old and new else ("removed" if old else "added")
-    old, new = old or {}, new or {}
+    if old is None or new is None:
+        kind: Kind = "added" if old is None else "removed"
+        yield Change(kind=kind, row=name, field="", before=old, after=new)
+        return
     for field in sorted({*old, *new}):
         before, after = old.get(field), new.get(field)
         if not _same(before, after):
-            yield Change(kind=kind, row=name, field=field, before=before, after=after)
+            yield Change(kind="changed", row=name, field=field, before=before, after=after)
 
 
 def _same(one: Any, other: Any) -> bool:

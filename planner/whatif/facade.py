@@ -20,30 +20,33 @@ from planner.domain.estimates import EstimateTable, load_estimates
 from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.trace import load_trace
 from planner.domain.workflow import Workflow, load_workflow
+from planner.whatif import whynot as reasons
 from planner.whatif.answer import Effort, WhatIf, what_if
 from planner.whatif.changes import parse_scenario
-from planner.whatif.diff import Diff, compare, load_comparable
+from planner.whatif.cheapest import cheapest_fleet
+from planner.whatif.diff import Diff, compare_files
 from planner.whatif.grid import Grid, GridResult, load_grid, run_grid
-from planner.whatif.prices import Prices, marginal_values
+from planner.whatif.prices import marginal_values
 from planner.whatif.question import Question, Stream, Target
 from planner.whatif.regret import Regret, hindsight
 from planner.whatif.store import Store
-from planner.whatif.whynot import WhyNot, why_not
 
 __all__ = [
-    "ask_prices",
-    "ask_why_not",
+    "Effort",
+    "cheapest_fleet",
     "diff",
-    "make_question",
+    "marginal_values",
+    "question",
     "regret",
     "whatif",
     "whatif_grid",
+    "why_not",
 ]
 
 PathLike = str | Path
 
 
-def make_question(
+def question(
     fleet: PathLike | Fleet,
     workflow: PathLike | Workflow | Sequence[PathLike | Workflow],
     estimates: PathLike | EstimateTable | None = None,
@@ -141,7 +144,7 @@ def whatif(
     folder: PathLike | None = None,
     jobs: int = 1,
     progress: Callable[[str], object] | None = None,
-    **question: Any,
+    **asked: Any,
 ) -> WhatIf:
     """Return what is expected as things are, and after each change.
 
@@ -157,11 +160,11 @@ def whatif(
         Where results are kept; memory if None.
     jobs
         Processes.
-    question
-        ``rate`` and the others of `make_question`.
+    asked
+        ``rate`` and the others of `question`.
     """
     return what_if(
-        make_question(fleet, workflow, estimates, **question),
+        question(fleet, workflow, estimates, **asked),
         [parse_scenario(one) for one in changes],
         target=_target(target),
         effort=effort,
@@ -170,7 +173,7 @@ def whatif(
 
 
 def whatif_grid(
-    question: Question,
+    asked: Question,
     grid: PathLike | Grid,
     *,
     target: str | Target | None = None,
@@ -181,7 +184,7 @@ def whatif_grid(
 ) -> GridResult:
     """Return the answers of a grid of changes, loads and policies; see `planner.whatif.grid`."""
     return run_grid(
-        question,
+        asked,
         grid if isinstance(grid, Grid) else load_grid(Path(grid)),
         target=_target(target),
         effort=effort,
@@ -189,30 +192,25 @@ def whatif_grid(
     )
 
 
-def ask_why_not(
-    question: Question,
+def why_not(
+    asked: Question,
     target: str | Target,
     *,
     changes: Sequence[str] | None = None,
     most: int = 2,
     jobs: int = 1,
-) -> WhyNot:
+) -> reasons.WhyNot:
     """Return why a target is missed and the smallest changes that meet it."""
     parsed = None
     if changes is not None:
         parsed = [one for text in changes for one in parse_scenario(text).changes]
     wanted = Target.parse(target) if isinstance(target, str) else target
-    return why_not(question, wanted, changes=parsed, most=most, store=Store(jobs=jobs))
-
-
-def ask_prices(question: Question, *, effort: Effort | None = None, jobs: int = 1) -> Prices:
-    """Return what one more endpoint, slot, GB of KV or second of deadline is worth."""
-    return marginal_values(question, effort=effort, store=Store(jobs=jobs))
+    return reasons.why_not(asked, wanted, changes=parsed, most=most, store=Store(jobs=jobs))
 
 
 def diff(before: PathLike, after: PathLike) -> Diff:
     """Return the differences of two plans, dispatch tables or fleet files."""
-    return compare(load_comparable(Path(before)), load_comparable(Path(after)))
+    return compare_files(Path(before), Path(after))
 
 
 def regret(
