@@ -27,6 +27,11 @@ Without a gateway, the router runs in this process and requests go straight to t
         chat = ChatOpenAI(model="llama-3.1-8b", **router.openai_client_kwargs())
         app = almanac.instrument(graph.compile(), gateway=router)
 
+What to expect of a fleet, and of the same after changes::
+
+    almanac.whatif("fleet.yaml", "workflow.json", "estimates.json", rate=1.0,
+                   changes=["+1xh100", "load 1.5"], target="p95=20")
+
 Importing this module loads nothing; each name is loaded on first use.
 """
 
@@ -39,6 +44,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from planner.whatif.facade import (
+        cheapest_fleet,
+        diff,
+        marginal_values,
+        question,
+        regret,
+        whatif,
+        whatif_grid,
+        why_not,
+    )
     from runtime.embedded import embed
     from runtime.langgraph.declare import branch, llm_call, tool_call
     from runtime.langgraph.identity import openai_client_kwargs, request_hook
@@ -48,13 +63,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "branch",
+    "cheapest_fleet",
+    "diff",
     "embed",
     "instrument",
     "llm_call",
+    "marginal_values",
     "openai_client_kwargs",
+    "question",
+    "regret",
     "request_hook",
     "run",
     "tool_call",
+    "whatif",
+    "whatif_grid",
+    "why_not",
     "workflow_ir",
 ]
 
@@ -69,7 +92,12 @@ _HOME = {
     "tool_call": "runtime.langgraph.declare",
     "workflow_ir": "runtime.langgraph.ir",
 }
-_NEEDS_PLANNER = {"embed"}
+_WHAT_IF = (
+    "cheapest_fleet", "diff", "marginal_values", "question", "regret", "whatif", "whatif_grid",
+    "why_not",
+)  # fmt: skip
+_HOME |= dict.fromkeys(_WHAT_IF, "planner.whatif.facade")
+_NEEDS_PLANNER = {"embed", *_WHAT_IF}
 
 
 def __getattr__(name: str) -> Any:
