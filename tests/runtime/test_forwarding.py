@@ -213,7 +213,9 @@ async def test_a_stream_that_breaks_later_ends_with_an_error_event(bench, end):
     assert one.clean
 
 
-IMPATIENT = {"first_byte_floor_s": 0.001, "stall_floor_s": 0.001, "timeout_multiple": 1.0}
+IMPATIENT = {"first_byte_floor_s": 0.001, "timeout_multiple": 1.0}
+"""A first byte is late at once; silence in an answer that has begun is not, unless a test says so,
+for a machine that is busy may well halt between two chunks."""
 STUCK = stream("hang")
 
 
@@ -287,7 +289,8 @@ async def test_a_fleet_that_is_late_is_not_sent_everything_twice(bench, until):
 
 async def test_an_endpoint_that_falls_silent_is_given_up_with_an_error_event(bench):
     """In the middle of an answer there is no other way; it is counted, and the end is clean."""
-    one = bench([stream(TOKEN, "hang")], [stream(*GOOD_STREAM)], config=IMPATIENT)
+    config = {**IMPATIENT, "stall_floor_s": 0.001}
+    one = bench([stream(TOKEN, "hang")], [stream(*GOOD_STREAM)], config=config)
     await one.ask(stream=True)
     first, error, end, rest = one.client.data.split(b"\n\n")
     assert (first + b"\n\n", end + b"\n\n", rest) == (TOKEN, DONE, b"")
