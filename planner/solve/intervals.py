@@ -6,7 +6,9 @@ several slots is one cumulative resource. Redundant: the duration of an activity
 modes, and, for the makespan, head, work and tail of each endpoint.
 
 The list schedules of `planner.solve.list_schedules` are the hint, and the answer if nothing
-better is found, so the result is never worse than any of them.
+better is found, so the result is never worse than any of them. Shops of more than 60 activities
+get a better hint first: list schedules that pay for busy endpoints, a flow shop's local search,
+and improvement span by span; the larger the shop, the more of the budget goes there.
 """
 
 from __future__ import annotations
@@ -22,19 +24,21 @@ from planner.domain.errors import ModelInvalid
 from planner.domain.schedule import Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
 from planner.solve.flow import flow_schedule
+from planner.solve.lines import is_shop
 from planner.solve.list_schedules import LIST_SCHEDULES
-from planner.solve.shop import shop_schedule
+from planner.solve.loads import priced_schedules, spread_loads
+from planner.solve.spans import span_schedule
 
 __all__ = ["ScheduleResult", "solve_schedule"]
 
-_FLOW_SHARE = 0.7
-_SHOP_SHARE = 0.4
-"""Shares of the budget that flow and job shops spend on local search."""
+_FLOW_SHARE = 0.4
+"""Share of the budget that a flow shop's local search takes."""
 _FLOW_STEPS_PER_S = 40_000
-_SHOP_VISITS_PER_S = 2_000_000
 _SMALL = 60
 _MEDIUM = 300
-"""Activities up to which the solver does better alone: on flow shops, on job shops."""
+"""Activities up to which a shop is one model from the start, and up to which mostly."""
+_SPAN_SHARE, _LARGE_SPAN_SHARE = 0.4, 0.8
+"""Shares of what is left that shops spend on spans, those of medium size and larger ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +76,15 @@ def solve_schedule(
     if hint is not None:
         starts.append(hint)
     best = min(starts, key=lambda one: one.objective)
-    found, share = _searched(question, best, budget, seed)
-    best = min(found, best, key=lambda one: one.objective)
     if not question.activities:
         return ScheduleResult(schedule=best, status="optimal", search_s=0.0)
+    best, least, budget = _searched(question, best, budget, seed)
     model = _Model(question, best)
+    least = max(least, model.least)
+    if best.objective <= least:
+        return ScheduleResult(schedule=replace(best, bound=least), status="optimal", search_s=0.0)
     solver = cp_model.CpSolver()
     budget.apply(solver, seed)
-    if budget.wall_s is not None:
-        solver.parameters.max_time_in_seconds = budget.wall_s * (1 - share)
     status = solver.solve(model.cp)
     if status == cp_model.MODEL_INVALID:
         raise ModelInvalid(f"CP-SAT refused the schedule model: {model.cp.validate()}")
@@ -88,7 +92,7 @@ def solve_schedule(
     if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         found = model.read(solver)
         best = min(found, best, key=lambda one: one.objective)
-    bound = min(max(bound, model.least), best.objective)
+    bound = min(max(bound, least), best.objective)
     return ScheduleResult(
         schedule=replace(best, bound=bound),
         status="optimal" if bound == best.objective else "feasible",
@@ -98,26 +102,38 @@ def solve_schedule(
 
 def _searched(
     question: ScheduleQuestion, start: Schedule, budget: Budget, seed: int
-) -> tuple[Schedule, float]:
-    """Return what local search makes of a schedule, and the share of the budget it took, roughly.
+) -> tuple[Schedule, int, Budget]:
+    """Return what heuristics make of a shop's schedule, a bound, and the budget they leave.
 
-    Small questions are left to the solver, which is done before local search would pay.
+    Small questions, and those that are no shops, are left to the solver.
     """
-    limit_s = budget.wall_s if budget.wall_s is not None else budget.deterministic
-    size = len(question.activities)
-    if limit_s is None or size <= _SMALL:
-        return start, 0.0
-    effort = limit_s * _FLOW_SHARE * _FLOW_STEPS_PER_S
-    found = flow_schedule(question, effort=effort, seed=seed)
-    if found is not None:
-        return found, _FLOW_SHARE
-    if size <= _MEDIUM:
-        return start, 0.0
-    effort = limit_s * _SHOP_SHARE * _SHOP_VISITS_PER_S
-    found = shop_schedule(question, start, effort=effort, seed=seed)
-    if found is not None:
-        return found, _SHOP_SHARE
-    return start, 0.0
+    if len(question.activities) <= _SMALL or not is_shop(question):
+        return start, 0, budget
+    best, least = start, 0
+    loads = spread_loads(question)
+    if loads is not None:
+        least = loads.least
+        best = min([best, *priced_schedules(question, loads)], key=lambda one: one.objective)
+    limit = budget.wall_s if budget.wall_s is not None else budget.deterministic
+    assert limit is not None  # noqa: S101 - Budget asks for one
+    effort = limit * _FLOW_SHARE * _FLOW_STEPS_PER_S
+    flow = flow_schedule(question, effort=effort, seed=seed)
+    if flow is not None:
+        budget = _part(budget, 1 - _FLOW_SHARE)
+        best = min(best, flow, key=lambda one: one.objective)
+    share = _SPAN_SHARE if len(question.activities) <= _MEDIUM else _LARGE_SPAN_SHARE
+    spans = _part(budget, share)
+    best, spent = span_schedule(question, best, budget=spans, least=least, seed=seed)
+    return best, least * question.makespan_weight, _part(budget, 1 - share * spent)
+
+
+def _part(budget: Budget, share: float) -> Budget:
+    """Return a share of a budget's limits."""
+    return replace(
+        budget,
+        wall_s=None if budget.wall_s is None else budget.wall_s * share,
+        deterministic=None if budget.deterministic is None else budget.deterministic * share,
+    )
 
 
 class _Model:

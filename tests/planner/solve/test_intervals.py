@@ -15,12 +15,15 @@ from planner.domain.schedule import Activity, Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
 from planner.solve.flow import flow_schedule
 from planner.solve.intervals import ScheduleResult, solve_schedule
+from planner.solve.lines import is_shop
 from planner.solve.list_schedules import LIST_SCHEDULES, heft
+from planner.solve.loads import priced_schedules, spread_loads
 from planner.solve.public import dagbench_question, fjsp_question, hfsp_question
-from planner.solve.shop import shop_schedule
+from planner.solve.spans import span_schedule
 from planner.verify_schedule import schedule_objective, verify_schedule
 
 EXACT = Budget.reproducible(deterministic=10.0, relative_gap=0.0)
+SHORT = Budget.reproducible(deterministic=0.2)
 
 
 def on(endpoint: int, ticks: int, lane: int = 0) -> Mode:
@@ -253,19 +256,91 @@ def test_what_is_no_flow_shop_is_left_alone() -> None:
     assert flow_schedule(topcuoglu(), effort=10) is None
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+def _random_shop(rng: np.random.Generator, jobs: int, steps: int) -> ScheduleQuestion:
+    ticks = rng.integers(1, 20, (jobs, steps, 3))
+    allowed = rng.random(ticks.shape) < 0.6
+    allowed[:, :, 0] = True
+    question = fjsp_question({"n_machines": 3, "jobs": np.where(allowed, ticks, 0).tolist()})
+    return replace(question, slots=(1, 2, 1))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.integers(0, 10_000))
-def test_job_shops_are_improved_by_reinsertion(seed: int) -> None:
-    """From HEFT's schedule the walk never gets worse, stays valid, and repeats itself."""
-    rng = np.random.default_rng(seed)
-    jobs = np.where(rng.random((4, 3, 3)) < 0.6, rng.integers(1, 20, (4, 3, 3)), 0)
-    jobs[:, :, 0] = np.maximum(jobs[:, :, 0], 1)
-    question = fjsp_question({"n_machines": 3, "jobs": jobs.tolist()})
-    question = replace(question, slots=(1, 2, 1))
+def test_spans_never_make_a_schedule_longer(seed: int) -> None:
+    """From HEFT's schedule spans stay valid, never get worse than it or below the optimum."""
+    question = _random_shop(np.random.default_rng(seed), 4, 3)
     start = heft(question)
-    found = shop_schedule(question, start, effort=5e4, seed=1)
-    assert found is not None
+    found, spent = span_schedule(question, start, budget=SHORT, seed=1)
+    assert 0 < spent <= 1
     assert verify_schedule(question, found) == ()
-    assert found == shop_schedule(question, start, effort=5e4, seed=1)
+    assert (found, spent) == span_schedule(question, start, budget=SHORT, seed=1)
     best = solved(question).schedule.objective
     assert best <= found.objective <= start.objective
+
+
+def test_spans_improve_a_schedule_larger_than_a_span() -> None:
+    """A hundred activities, two spans and a half at first: shorter than HEFT's."""
+    question = _random_shop(np.random.default_rng(3), 20, 5)
+    start = heft(question)
+    loads = spread_loads(question)
+    assert loads is not None
+    found, _ = span_schedule(question, start, budget=SHORT, least=loads.least)
+    assert verify_schedule(question, found) == ()
+    assert loads.least <= found.objective < start.objective
+
+
+def test_spans_wait_for_releases() -> None:
+    """An activity released late starts no sooner, whether in the span or behind it."""
+    question = _random_shop(np.random.default_rng(5), 20, 4)
+    last = len(question.activities) - 1
+    late = replace(question.activities[last], release=400)
+    question = replace(question, activities=(*question.activities[:last], late))
+    found, _ = span_schedule(question, heft(question), budget=SHORT)
+    assert verify_schedule(question, found) == ()
+    assert found.objective >= 400 + min(mode.ticks for mode in late.modes)
+
+
+def test_loads_bound_and_price() -> None:
+    """Two calls of 4 or 6: split so that both are equally busy, 4 and 6 against 6 and 4 ticks.
+
+    With u of the two on the first, 4 u = 6 (2 - u): u = 1.2, and 4.8 ticks on each. One more tick
+    of work costs least where all are slow: prices are in the proportion of 6 to 4.
+    """
+    call = Activity(modes=(on(0, 4), on(1, 6)))
+    loads = spread_loads(ScheduleQuestion(slots=(1, 1), activities=(call, call)))
+    assert loads is not None
+    assert loads.least == 5
+    assert loads.price == pytest.approx((1.2, 0.8))
+    assert sum(loads.ticks) == pytest.approx(2 * 4.8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_priced_schedules_are_valid(seed: int) -> None:
+    """Each list schedule with prices passes the checker and keeps the bound of the loads."""
+    question = _random_shop(np.random.default_rng(seed), 30, 3)
+    loads = spread_loads(question)
+    assert loads is not None
+    for one in priced_schedules(question, loads):
+        assert verify_schedule(question, one) == ()
+        assert one.objective >= loads.least
+
+
+def test_large_shops_are_searched_reproducibly() -> None:
+    """Beyond 60 activities heuristics come first: valid, repeatable, no worse than any of HEFT."""
+    question = _random_shop(np.random.default_rng(1), 22, 3)
+    budget = Budget.reproducible(deterministic=0.3, relative_gap=0.0)
+    result = solve_schedule(question, budget=budget)
+    assert verify_schedule(question, result.schedule) == ()
+    assert result.schedule.objective <= heft(question).objective
+    assert result.schedule == solve_schedule(question, budget=budget).schedule
+
+
+def test_what_is_no_shop_is_left_to_the_model() -> None:
+    """Weights, transfers and lanes each make a question more than a shop."""
+    shop = fjsp_question({"n_machines": 2, "jobs": [[[3, 0], [0, 2]], [[0, 2], [2, 0]]]})
+    assert is_shop(shop)
+    assert not is_shop(topcuoglu())
+    assert not is_shop(replace(shop, makespan_weight=0))
+    weighted = replace(shop.activities[0], weight=1)
+    assert not is_shop(replace(shop, activities=(weighted, *shop.activities[1:])))
+    assert not is_shop(ScheduleQuestion(slots=(1,), activities=(Activity(modes=(on(0, 4, 2),)),)))
