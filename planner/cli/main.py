@@ -46,6 +46,7 @@ COMMANDS: Mapping[str, str] = {
     "ir": "print, check, compare and draw a workflow graph",
     "bench-mock": "measure mock endpoints beside a client on this machine",
     "bench-planner": "measure the planner against its bars",
+    "bench-runtime": "measure the gateway against its bars",
     "validate-engine": "compare the engine model with recorded vLLM runs",
 }
 """Command -> one line of help, in the order of use."""

@@ -12,14 +12,23 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-__all__ = ["Finding", "Findings", "Probe", "fuzz", "probes"]
+from planner import __version__
+from runtime.bench.figures import Figure
+from runtime.bench.processes import ALMANAC, free_ports, started, write_fleet
+from runtime.openapi import openapi
+
+__all__ = ["Finding", "Findings", "Probe", "fuzz", "fuzz_figures", "fuzz_gateway", "probes"]
+
+_KEY = "fuzz"
 
 _ODD: Sequence[Any] = (
     None, True, False, -1, 0, 3, 2.5, 1e308, 10**40, -(10**25), "", "a", "a b", "\x00", "\ud800",
@@ -100,10 +109,17 @@ class Finding:
 
 @dataclass(slots=True)
 class Findings:
-    """How a fuzzing run went."""
+    """How a fuzzing run went.
+
+    Parameters
+    ----------
+    slowest_s
+        Longest time to an answer's end, wall seconds.
+    """
 
     statuses: Counter[int] = field(default_factory=Counter)
     found: list[Finding] = field(default_factory=list)
+    slowest_s: float = 0.0
 
     def count(self, kind: str) -> int:
         """Return the findings of a kind."""
@@ -228,6 +244,7 @@ async def fuzz(
 
     async def work() -> None:
         for probe in requests:
+            begun_s = time.perf_counter()
             try:
                 async with asyncio.timeout(limit_s):
                     answer = await _send(port, probe)
@@ -236,10 +253,37 @@ async def fuzz(
             except OSError as error:
                 findings.found.append(Finding("hang", probe, f"no answer: {error!r}"))
             else:
+                findings.slowest_s = max(findings.slowest_s, time.perf_counter() - begun_s)
                 _judge(probe, answer, findings)
 
     await asyncio.gather(*(work() for _ in range(at_once)))
     return findings
+
+
+async def fuzz_gateway(folder: Path, count: int, seed: int) -> Findings:
+    """Send random requests to a gateway in front of mock endpoints, admin routes included."""
+    ports = free_ports(3)
+    fleet = write_fleet(folder, ports[1:])
+    mock = [*ALMANAC, "mock-fleet", str(fleet), "--dilation", "50"]
+    gateway = [
+        *ALMANAC, "serve", str(fleet), "--port", str(ports[0]), "--dilation", "50",
+        "--policy", "marginal_cost", "--admin-key", _KEY,
+    ]  # fmt: skip
+    async with (
+        started(mock, folder / "mock.log"),
+        # Requests may name files for traces; those are made where the gateway runs.
+        started(gateway, folder / "gateway.log", cwd=folder),
+    ):
+        document = openapi(__version__)
+        return await fuzz(ports[0], probes(document, random.Random(seed), count, admin_key=_KEY))
+
+
+def fuzz_figures(findings: Findings) -> Iterator[Figure]:
+    """Yield the figures of a fuzzing run."""
+    yield Figure.of("fuzz_answers", findings.statuses.total(), "")
+    for kind in ("server_error", "hang", "form", "undocumented"):
+        yield Figure.at_most(f"fuzz_{kind}", findings.count(kind), "", 0)
+    yield Figure.of("fuzz_slowest_answer", findings.slowest_s, "s")
 
 
 async def _send(port: int, probe: Probe) -> bytes:

@@ -35,7 +35,7 @@ _PAGE = resource.getpagesize()
 
 @contextlib.asynccontextmanager
 async def started(
-    command: Sequence[str], log: Path, *, port: int | None = None
+    command: Sequence[str], log: Path, *, port: int | None = None, cwd: Path | None = None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a command while the block runs.
 
@@ -47,6 +47,8 @@ async def started(
         Receives all that it says.
     port
         It is up when this port of loopback takes connections; None waits for a line ``ready``.
+    cwd
+        Folder to run in; the present one if None.
 
     Raises
     ------
@@ -55,7 +57,12 @@ async def started(
     """
     with log.open("wb") as said:
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=said, stderr=said
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": _path()},
         )
     try:
         await _up(process, log, port)
@@ -68,6 +75,12 @@ async def started(
             except TimeoutError:
                 process.kill()
                 await process.wait()
+
+
+def _path() -> str:
+    """Return where the child finds this package, whatever folder it runs in."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
 
 
 async def _up(process: asyncio.subprocess.Process, log: Path, port: int | None) -> None:
