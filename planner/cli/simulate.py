@@ -378,7 +378,8 @@ def _recorded(args: argparse.Namespace, fleet: Fleet) -> _Work:
     """Learn from the first families of the recorded sessions, keep the others to simulate."""
     from models.importers import AgentCall, AgentSession, agent_sessions
     from models.mining import mine_workflow, site_node, static_tokens
-    from planner.study.tables import plan_table
+    from planner.solve.instance import Demand
+    from planner.solve.tables import mix_table
 
     sessions: list[AgentSession] = []
     for name in filter(None, (part.strip() for part in args.agents.split(","))):
@@ -425,7 +426,8 @@ def _recorded(args: argparse.Namespace, fleet: Fleet) -> _Work:
     estimates = EstimateTable(workflows={workflow.content_hash: estimate}, version="mined")
     table = None
     if "almanac" in args.policies:
-        table = plan_table(workflow, fleet, estimates, rate_rps=args.rate, progress=progress)
+        demand = Demand(workflow=workflow, rate_rps=args.rate)
+        table = mix_table([demand], fleet, estimates, progress=progress)
     static = static_tokens(learned)
 
     def draw(times: Times, seed: int, rng: np.random.Generator) -> tuple[RunSpec, ...]:

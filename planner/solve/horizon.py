@@ -6,30 +6,23 @@ the hint of the next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.dispatch.table import DispatchTable, LoadLevel, Ranked, Row, compile_table
-from planner.domain.errors import Infeasible, InvalidInput, SolveError
+from planner.dispatch.table import DispatchTable, Ranked, Row
+from planner.domain.errors import Infeasible, InvalidInput
 from planner.domain.fleet import Fleet
 from planner.domain.plan import Plan
 from planner.domain.snapshot import Snapshot
 from planner.solve.budget import Budget
-from planner.solve.instance import build_instance
-from planner.solve.mixture import Mixture, mix
-from planner.solve.prices import instance_prices, site_criticality
-from planner.solve.solver import PlanResult, solve_instance
-from planner.solve.tables import LOAD_FACTORS
-from planner.verify import verify_plan
+from planner.solve.instance import Demand
+from planner.solve.tables import LOAD_FACTORS, plan_ladder, table_of
 
 __all__ = ["Planned", "plan_snapshot"]
 
 _HALVINGS = 6
 """How often the load is halved until the fleet carries it; beyond a fleet is of no use at all."""
-_CLASSES = 4
-_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +36,10 @@ class Planned:
     table
         For the snapshot's whole fleet; endpoints that were down have no share.
     plans
-        By increasing load, as far as the fleet carries it; each accepted by the checker.
+        By increasing load, as far as the fleet carries it, and for each load by workflow; all
+        accepted by the checker.
     loads_rps
-        Runs per second of each plan, all workflows together.
+        Runs per second of each load, all workflows together.
     status
         ``optimal`` if every plan is proven to be, else ``feasible``.
     objective_s, bound_s
@@ -115,34 +109,32 @@ def plan_snapshot(
     """
     started_s = timer() if timer else 0.0
     budget = _part(budget or Budget(wall_s=10.0, relative_gap=0.02))
-    serving = _serving(snapshot)
-    mixture = mix(
-        snapshot.workflows,
-        snapshot.loads_rps(),
-        snapshot.learned_estimates,
-        samples=_SAMPLES,
-        seed=seed,
-    )
-    load_rps = mixture.rate_rps
+    serving, estimates = _serving(snapshot), snapshot.learned_estimates
+    expected = _demands(snapshot)
+    demands = expected
     for _ in range(_HALVINGS):
         try:
-            results = _ladder(mixture, serving, load_rps, hint, budget, seed)
+            rungs = plan_ladder(
+                demands, serving, estimates, budget=budget, seed=seed, hint=hint,
+            )  # fmt: skip
             break
         except Infeasible as error:
             failure = error
-            load_rps /= 2
+            demands = [replace(one, rate_rps=one.rate_rps / 2) for one in demands]
     else:
         raise failure
-    table = _table(snapshot, serving, mixture, results)
-    middle = min(results, key=lambda r: abs(r.plan.arrival_rate_rps - mixture.rate_rps)).plan
+    loads = tuple(rung.result.instance.arrival_rate_rps for rung in rungs)
+    expected_rps = sum(one.rate_rps for one in expected)
+    middle = min(rungs, key=lambda one: abs(one.result.instance.arrival_rate_rps - expected_rps))
+    plans = tuple(plan for rung in rungs for plan in rung.result.plans)
     return Planned(
         snapshot_version=snapshot.version,
-        table=table,
-        plans=tuple(result.plan for result in results),
-        loads_rps=tuple(result.plan.arrival_rate_rps for result in results),
-        status="optimal" if all(r.plan.status == "optimal" for r in results) else "feasible",
-        objective_s=middle.objective_s,
-        bound_s=middle.bound_s,
+        table=_whole(table_of(rungs, demands, serving, estimates), snapshot),
+        plans=plans,
+        loads_rps=loads,
+        status="optimal" if all(plan.status == "optimal" for plan in plans) else "feasible",
+        objective_s=middle.result.plan.objective_s,
+        bound_s=middle.result.plan.bound_s,
         seconds=timer() - started_s if timer else 0.0,
     )
 
@@ -167,71 +159,34 @@ def _serving(snapshot: Snapshot) -> Fleet:
     return Fleet(name=snapshot.fleet.name, endpoints=endpoints)
 
 
-def _ladder(
-    mixture: Mixture,
-    fleet: Fleet,
-    load_rps: float,
-    hint: Sequence[Plan],
-    budget: Budget,
-    seed: int,
-) -> list[PlanResult]:
-    """Return checked plans at increasing loads, as far as the fleet carries them."""
-    results: list[PlanResult] = []
-    for position, factor in enumerate(LOAD_FACTORS):
-        earlier = hint[min(position, len(hint) - 1)] if hint else None
-        try:
-            instance = build_instance(
-                mixture.workflow,
-                fleet,
-                mixture.estimates,
-                mixture.runs,
-                arrival_rate_rps=factor * load_rps,
-                run_classes=_CLASSES,
-            )
-            result = solve_instance(instance, mixture.runs, seed=seed, budget=budget, hint=earlier)
-        except Infeasible:
-            if not results:
-                raise
-            break
-        report = verify_plan(result.plan, mixture.workflow, fleet, mixture.estimates, mixture.runs)
-        if report.violations:
-            raise SolveError(
-                "the plan breaks rules of the independent checker: "
-                + "; ".join(str(violation) for violation in report.violations)
-            )
-        results.append(result)
-    return results
+def _demands(snapshot: Snapshot) -> list[Demand]:
+    """Return the workflows that arrive, in an order that does not depend on the snapshot's."""
+    loads_rps = snapshot.loads_rps()
+    demands = [
+        Demand(workflow=one, rate_rps=loads_rps[one.content_hash])
+        for one in sorted(snapshot.workflows, key=lambda one: one.content_hash)
+        if loads_rps.get(one.content_hash, 0.0) > 0
+    ]
+    if not demands:
+        raise InvalidInput(
+            "no workflow has arrivals", where="snapshot: rates_rps", remedy="give a rate above 0"
+        )
+    return demands
 
 
-def _table(
-    snapshot: Snapshot, serving: Fleet, mixture: Mixture, results: Sequence[PlanResult]
-) -> DispatchTable:
-    """Return the table for the whole fleet, rows named as their workflows name them."""
-    slots = sum(endpoint.max_num_seqs for endpoint in serving.endpoints)
-    busy = [result.busy_slots for result in results]
-    levels: list[LoadLevel] = []
-    for position, result in enumerate(results):
-        # Half way to the next load planned for; the last bucket is open.
-        occupancy = math.inf
-        if position + 1 < len(results):
-            least = levels[-1].occupancy + 1e-6 if levels else 1e-6
-            occupancy = max((busy[position] + busy[position + 1]) / (2 * slots), least)
-        prices = instance_prices(result.instance, site_criticality(result.instance, mixture.runs))
-        levels.append(LoadLevel(occupancy=occupancy, plan=result.plan, prices=prices))
-    table = compile_table(levels, mixture.workflow, serving, mixture.estimates)
+def _whole(table: DispatchTable, snapshot: Snapshot) -> DispatchTable:
+    """Return the table for the snapshot's whole fleet, endpoints that are down ranked last."""
     absent = [one.id for one in snapshot.fleet.endpoints if one.id not in set(snapshot.up)]
+
+    def extended(row: Row) -> Row:
+        slowest_s = max(one.cost_s for one in row.ranked)
+        last = (Ranked(endpoint=one, cost_s=slowest_s, share=0.0, price=0.0) for one in absent)
+        return replace(row, ranked=(*row.ranked, *last))
+
     return DispatchTable(
         fleet_hash=snapshot.fleet.content_hash(),
         endpoints=tuple(one.id for one in snapshot.fleet.endpoints),
         bounds=table.bounds,
-        rows=tuple(_renamed(row, mixture, absent) for row in table.rows),
+        rows=tuple(extended(row) for row in table.rows),
         tuning=table.tuning,
     )
-
-
-def _renamed(row: Row, mixture: Mixture, absent: Sequence[str]) -> Row:
-    """Return a row under its own workflow's names, endpoints that are down ranked last."""
-    workflow_hash, site = mixture.origin(row.site)
-    slowest_s = max(one.cost_s for one in row.ranked)
-    last = tuple(Ranked(endpoint=one, cost_s=slowest_s, share=0.0, price=0.0) for one in absent)
-    return replace(row, workflow_hash=workflow_hash, site=site, ranked=(*row.ranked, *last))

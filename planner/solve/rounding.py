@@ -1,7 +1,7 @@
 """A plan from the relaxation: round its shares, then descend at fixed levels.
 
-At fixed levels (`planner.solve.descent`) thousands of moves are weighed in milliseconds; the descent
-of `planner.solve.heuristics`, which lets levels follow, comes last.
+At fixed levels (`planner.solve.descent`) thousands of moves are weighed in milliseconds; the
+descent of `planner.solve.heuristics`, which lets levels follow, comes last.
 
 Where a site is divided, its faster endpoints go to the classes of lower number for all sites
 alike: chains that meet at a join are then slow in the same classes, which keeps the mean of the

@@ -38,6 +38,7 @@ __all__ = [
     "Demand",
     "PlanResult",
     "Progress",
+    "draw_samples",
     "solve_instance",
     "solve_mix",
     "solve_plan",
@@ -85,8 +86,24 @@ def solve_plan(
         seed=seed,
         budget=budget,
         progress=progress,
-        hint=hint,
+        hint=() if hint is None else (hint,),
         objective=objective,
+    )
+
+
+def draw_samples(
+    demands: Sequence[Demand], estimates: EstimateTable, count: int, seed: int
+) -> tuple[tuple[RunSpec, ...], ...]:
+    """Return ``count`` sampled runs of each workflow."""
+    return tuple(
+        draw_scenarios(
+            demand.workflow,
+            estimates.workflows.get(demand.workflow.content_hash, WorkflowEstimate()),
+            count,
+            seed,
+            defaults=estimates,
+        )
+        for demand in demands
     )
 
 
@@ -101,7 +118,7 @@ def solve_mix(
     seed: int = 0,
     budget: Budget | None = None,
     progress: Callable[[Progress], None] | None = None,
-    hint: Plan | None = None,
+    hint: Sequence[Plan] = (),
     objective: Objective = MEAN,
 ) -> PlanResult:
     """Plan several workflows together on one fleet.
@@ -124,7 +141,7 @@ def solve_mix(
     progress
         Called with each improvement, from a thread of the solver.
     hint
-        An earlier plan of the only workflow to start from.
+        Earlier plans of these workflows to start from, if that is better; they need not fit.
     objective
         What to minimise.
 
@@ -141,20 +158,8 @@ def solve_mix(
     if not demands:
         raise InvalidInput("no workflow", where="plan", remedy="give at least one")
 
-    def drawn(count: int) -> tuple[tuple[RunSpec, ...], ...]:
-        return tuple(
-            draw_scenarios(
-                demand.workflow,
-                estimates.workflows.get(demand.workflow.content_hash, WorkflowEstimate()),
-                count,
-                seed,
-                defaults=estimates,
-            )
-            for demand in demands
-        )
-
     def arranged(count: int) -> tuple[Instance, tuple[tuple[RunSpec, ...], ...]]:
-        samples = drawn(count)
+        samples = draw_samples(demands, estimates, count, seed)
         return build_mix(demands, fleet, estimates, samples, run_classes=run_classes), samples
 
     notes: dict[str, float] = {}
@@ -183,7 +188,7 @@ def solve_instance(
     seed: int = 0,
     budget: Budget | None = None,
     progress: Callable[[Progress], None] | None = None,
-    hint: Plan | None = None,
+    hint: Sequence[Plan] = (),
     objective: Objective = MEAN,
 ) -> PlanResult:
     """Plan an instance made from ``samples``, the runs of each workflow; see `solve_mix`."""
@@ -239,13 +244,13 @@ def _start(
     timing: Timing,
     goal: Goal,
     done: Sequence[StageResult],
-    hint: Plan | None,
+    hint: Sequence[Plan],
 ) -> Solution | None:
-    """Return the last stage's plan, or an earlier plan mended, valued by this stage's goal."""
+    """Return the last stage's plan, or earlier plans mended, valued by this stage's goal."""
     if done:
         last = done[-1].solution
         return replace(last, cost=int(goal.cost(last.latencies(timing)[np.newaxis])[0]))
-    if hint is None:
+    if not hint:
         return None
     return carried_over(hint, instance, timing, goal, effort=POLISH)
 

@@ -1,29 +1,78 @@
-"""The dispatch table of several workflows planned together, for loads around their rates."""
+"""The dispatch table of workflows planned together, for loads around their rates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from planner.dispatch.table import DispatchTable, LoadLevel, compile_table, merge_tables
 from planner.domain.errors import Infeasible, SolveError
-from planner.domain.estimates import EstimateTable, WorkflowEstimate
+from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
 from planner.domain.objective import MEAN, Objective
-from planner.graph.sampling import scenarios as draw_scenarios
+from planner.domain.plan import Plan
 from planner.solve.budget import Budget
 from planner.solve.instance import Demand, build_mix
 from planner.solve.prices import instance_prices, site_criticality
 from planner.solve.result import PlanResult
-from planner.solve.solver import solve_mix
+from planner.solve.solver import draw_samples, solve_mix
 from planner.verify import verify_plans
 
-__all__ = ["LOAD_FACTORS", "mix_table"]
+__all__ = ["LOAD_FACTORS", "Rung", "checked_mix", "mix_table", "plan_ladder", "table_of"]
 
 LOAD_FACTORS = (0.5, 0.75, 1.0, 1.25)
 """Loads that get a bucket of their own, relative to the expected rates."""
 _PRICE_SAMPLE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """Plans for one load, and the price of a slot second on each endpoint."""
+
+    result: PlanResult
+    prices: dict[str, float]
+
+
+def checked_mix(
+    demands: Sequence[Demand],
+    fleet: Fleet,
+    estimates: EstimateTable,
+    *,
+    run_classes: int = 4,
+    scenarios: int = 8,
+    seed: int = 0,
+    budget: Budget | None = None,
+    objective: Objective = MEAN,
+    hint: Sequence[Plan] = (),
+) -> PlanResult:
+    """Return plans that the independent checker has accepted; see `solve_mix`.
+
+    Raises
+    ------
+    SolveError
+        If there is no plan, or the checker finds a rule broken (a bug, reported as such).
+    """
+    result = solve_mix(
+        demands,
+        fleet,
+        estimates,
+        run_classes=run_classes,
+        scenarios=scenarios,
+        seed=seed,
+        budget=budget,
+        objective=objective,
+        hint=hint,
+    )
+    report = verify_plans(
+        result.plans, [one.workflow for one in demands], fleet, estimates, result.samples
+    )
+    if not report.ok:
+        raise SolveError(
+            "the plan breaks rules of the independent checker: "
+            + "; ".join(str(violation) for violation in report.violations)
+        )
+    return result
 
 
 def mix_table(
@@ -31,24 +80,63 @@ def mix_table(
     fleet: Fleet,
     estimates: EstimateTable,
     *,
-    base: PlanResult,
-    budget: Budget,
+    base: PlanResult | None = None,
+    factors: Sequence[float] = LOAD_FACTORS,
+    budget: Budget | None = None,
     seed: int = 0,
     objective: Objective = MEAN,
-    run_classes: int,
-    scenarios: int,
+    run_classes: int = 4,
+    scenarios: int = 8,
     progress: Callable[[str], object] = lambda _: None,
 ) -> DispatchTable:
-    """Return one table with the rows of all workflows.
+    """Return one table with the rows of all workflows; see `plan_ladder`."""
+    rungs = plan_ladder(
+        demands,
+        fleet,
+        estimates,
+        base=base,
+        factors=factors,
+        budget=budget,
+        seed=seed,
+        objective=objective,
+        run_classes=run_classes,
+        scenarios=scenarios,
+        progress=progress,
+    )
+    return table_of(rungs, demands, fleet, estimates)
+
+
+def plan_ladder(
+    demands: Sequence[Demand],
+    fleet: Fleet,
+    estimates: EstimateTable,
+    *,
+    base: PlanResult | None = None,
+    factors: Sequence[float] = LOAD_FACTORS,
+    budget: Budget | None = None,
+    seed: int = 0,
+    objective: Objective = MEAN,
+    run_classes: int = 4,
+    scenarios: int = 8,
+    hint: Sequence[Plan] = (),
+    progress: Callable[[str], object] = lambda _: None,
+) -> list[Rung]:
+    """Return checked plans at increasing loads, as far as the fleet carries them.
 
     Parameters
     ----------
     demands
         The workflows at their expected rates.
     base
-        Their plans at exactly these rates.
-    budget, run_classes, scenarios
-        Of each further plan, see `planner.solve.solver.solve_mix`.
+        Their plans at exactly these rates, if they are already made.
+    factors
+        Loads relative to the rates, increasing; at least one.
+    budget
+        Of each plan; 5 s of wall clock unless given.
+    run_classes, scenarios, objective
+        Of each plan, see `planner.solve.solver.solve_mix`.
+    hint
+        Plans of an earlier ladder, by load and workflow; they need not fit.
 
     Raises
     ------
@@ -57,17 +145,18 @@ def mix_table(
     SolveError
         If the checker finds a rule broken (a bug, reported as such).
     """
-    made: list[tuple[PlanResult, dict[str, float]]] = []
-    for factor in LOAD_FACTORS:
+    budget = budget or Budget(wall_s=5.0, relative_gap=0.02)
+    made: list[Rung] = []
+    for position, factor in enumerate(factors):
         loaded = [replace(one, rate_rps=factor * one.rate_rps) for one in demands]
         try:
             result = base
-            if factor != 1.0:
-                result = solve_mix(
+            if result is None or factor != 1.0:
+                result = checked_mix(
                     loaded, fleet, estimates, run_classes=run_classes, scenarios=scenarios,
                     seed=seed, budget=budget, objective=objective,
+                    hint=_of_load(hint, position),
                 )  # fmt: skip
-                _check(result, loaded, fleet, estimates)
             prices = _prices(loaded, fleet, estimates, seed)
         except Infeasible as error:
             if not made:
@@ -79,22 +168,29 @@ def mix_table(
             f"{result.plan.objective_s:.2f} s, bound {result.plan.bound_s:.2f} s, "
             f"{result.busy_slots:.1f} calls in service"
         )
-        made.append((result, prices))
+        made.append(Rung(result, prices))
+    return made
+
+
+def table_of(
+    rungs: Sequence[Rung], demands: Sequence[Demand], fleet: Fleet, estimates: EstimateTable
+) -> DispatchTable:
+    """Return the table of plans at increasing loads, a bucket for each."""
     slots = sum(endpoint.max_num_seqs for endpoint in fleet.endpoints)
     bounds: list[float] = []
-    for position, (result, _) in enumerate(made):
+    for position, rung in enumerate(rungs):
         # Half way to the next load planned for; the last bucket is open.
         bound = math.inf
-        if position + 1 < len(made):
-            middle = (result.busy_slots + made[position + 1][0].busy_slots) / (2 * slots)
-            bound = max(middle, (bounds[-1] if bounds else 0.0) + 1e-6)
+        if position + 1 < len(rungs):
+            busy = rung.result.busy_slots + rungs[position + 1].result.busy_slots
+            bound = max(busy / (2 * slots), (bounds[-1] if bounds else 0.0) + 1e-6)
         bounds.append(bound)
     return merge_tables(
         [
             compile_table(
                 [
-                    LoadLevel(occupancy=bound, plan=result.plans[w], prices=prices)
-                    for bound, (result, prices) in zip(bounds, made, strict=True)
+                    LoadLevel(occupancy=bound, plan=rung.result.plans[w], prices=rung.prices)
+                    for bound, rung in zip(bounds, rungs, strict=True)
                 ],
                 demand.workflow,
                 fleet,
@@ -105,31 +201,17 @@ def mix_table(
     )
 
 
-def _check(
-    result: PlanResult, demands: Sequence[Demand], fleet: Fleet, estimates: EstimateTable
-) -> None:
-    report = verify_plans(
-        result.plans, [one.workflow for one in demands], fleet, estimates, result.samples
-    )
-    if not report.ok:
-        raise SolveError(
-            "the plan breaks rules of the independent checker: "
-            + "; ".join(str(violation) for violation in report.violations)
-        )
+def _of_load(hint: Sequence[Plan], position: int) -> list[Plan]:
+    """Return the plan of each workflow that a ladder had at a position, or its last."""
+    own: dict[str, list[Plan]] = {}
+    for plan in hint:
+        own.setdefault(plan.workflow_hash, []).append(plan)
+    return [plans[min(position, len(plans) - 1)] for plans in own.values()]
 
 
 def _prices(
     demands: Sequence[Demand], fleet: Fleet, estimates: EstimateTable, seed: int
 ) -> dict[str, float]:
-    samples = [
-        draw_scenarios(
-            one.workflow,
-            estimates.workflows.get(one.workflow.content_hash, WorkflowEstimate()),
-            _PRICE_SAMPLE,
-            seed,
-            defaults=estimates,
-        )
-        for one in demands
-    ]
+    samples = draw_samples(demands, estimates, _PRICE_SAMPLE, seed)
     instance = build_mix(demands, fleet, estimates, samples, run_classes=1)
     return instance_prices(instance, site_criticality(instance, *samples))

@@ -54,9 +54,7 @@ class Terms:
             begin, end = self._stops[k], self._stops[k + 1]
             option = self._option[begin:end]
             values = mixed.ticks[n, option, self._level[begin:end]]
-            for (saved, asked), extras in zip(
-                self._saved, (mixed.cold, mixed.lost), strict=True
-            ):
+            for (saved, asked), extras in zip(self._saved, (mixed.cold, mixed.lost), strict=True):
                 extra = extras[n] * asked[k]
                 # What is not kept takes longer: add it to every mode, and take it back if kept.
                 values = values + extra[option]

@@ -194,7 +194,7 @@ class Timing:
         return self.join_starts(sums)[:, self.base] + sums + self.fixed + tails
 
     def rivals(self, through: Ints) -> Ints:
-        """Return the largest value among the other chains that end where each does, else 0; (C,)."""
+        """Return the largest of the other chains that end where each does, else 0; (C,) each."""
         rivals = np.zeros_like(through)
         for wave in self._into:
             own = through[wave.chains]

@@ -88,9 +88,13 @@ class Variables:
                 )
             self._terms.append(
                 Terms(
-                    list(uses), list(uses.values()), warm=self._warm[r], keep=self._keep[r],
-                    starts=self._start[r], shape=instance.allowed.shape,
-                )  # fmt: skip
+                    list(uses),
+                    list(uses.values()),
+                    warm=self._warm[r],
+                    keep=self._keep[r],
+                    starts=self._start[r],
+                    shape=instance.allowed.shape,
+                )
             )
         self._holds = {
             (int(i), p): model.new_bool_var(f"holds_{i}_{p}")
@@ -160,9 +164,7 @@ class Variables:
         timing = self.timing
         return self._sum(r, timing.ends.tolist(), timing.weight.tolist())
 
-    def _sum(
-        self, r: int, chains: Sequence[int], factors: Sequence[int]
-    ) -> cp_model.LinearExprT:
+    def _sum(self, r: int, chains: Sequence[int], factors: Sequence[int]) -> cp_model.LinearExprT:
         """Return summed ticks of the chosen modes, fixed delays and join starts of chains."""
         mixed = self.timing.mixed(chains, factors)
         variables, weights = self._terms[r].of(mixed)

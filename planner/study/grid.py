@@ -40,7 +40,6 @@ from planner.study.clairvoyant import Clairvoyant, estimate
 from planner.study.entries import Entry, parse_entry
 from planner.study.loads import capacity_rps
 from planner.study.measure import CellResult, measure, standalone_s
-from planner.study.mixes import joined, split_table
 from planner.study.settings import Setting, workload
 from planner.study.studies import Study
 
@@ -170,13 +169,19 @@ def run_study(
     for name in ("forecasts", "tables", "alone", "cells"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     runner = _Runner(folder=folder, jobs=jobs, data=data, resume=resume, progress=progress)
-    # What cells share is made first and once: two processes must not both train it.
-    setups = []
-    for setting, entries in entered.items():
-        progress(f"preparing {setting.name}")
-        _world(setting, folder)
-        setups += [(setting, one, _setup(setting, one, folder, progress)) for one in entries]
     with Parallel(n_jobs=jobs, return_as="generator_unordered") as pool:
+        # What cells share is made first and once: two processes must not both train it.
+        shared: dict[tuple[str, ...], list[tuple[Setting, list[Entry]]]] = {}
+        for setting, entries in entered.items():
+            key = setting.fleet, setting.kv, str(setting.slots), setting.mix
+            shared.setdefault(key, []).append((setting, entries))
+        for number, name in enumerate(pool(delayed(_prepare)(g, folder) for g in shared.values())):
+            progress(f"[{number + 1}/{len(shared)}] forecasts and plans for {name}")
+        setups = [
+            (setting, one, _setup(setting, one, folder))
+            for setting, entries in entered.items()
+            for one in entries
+        ]
         runner.pool = pool
         outcomes = []
         evaluated = [
@@ -415,8 +420,18 @@ def _forecaster(setting: Setting, folder: Path, policy: str, variant: str) -> Fo
     return known if change is None else change(known, setting.make_fleet())
 
 
-def _setup(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> PolicySetup:
-    table = _table(setting, entry, folder, progress) if entry.policy == "almanac" else None
+def _prepare(group: Sequence[tuple[Setting, Sequence[Entry]]], folder: Path) -> str:
+    """Train and plan for settings of one fleet and mix; return what they are called."""
+    for setting, entries in group:
+        _world(setting, folder)
+        for entry in entries:
+            _setup(setting, entry, folder)
+    setting = group[0][0]
+    return f"{setting.mix} on {setting.fleet}, {setting.kv} KV"
+
+
+def _setup(setting: Setting, entry: Entry, folder: Path) -> PolicySetup:
+    table = _table(setting, entry, folder) if entry.policy == "almanac" else None
     setup = PolicySetup(policy=entry.policy, parameters=entry.parameters, table=table)
     if entry.variant is None:
         return setup
@@ -424,10 +439,11 @@ def _setup(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> 
     return VariedSetup(**fields, variant=entry.variant).with_parameters(entry.change.fixed)
 
 
-def _table(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> DispatchTable:
+def _table(setting: Setting, entry: Entry, folder: Path) -> DispatchTable:
     """Return the dispatch table of a setting's fleet, mix and forecasts; the same at each load."""
     from planner.solve.budget import Budget
-    from planner.study.tables import plan_table
+    from planner.solve.instance import Demand
+    from planner.solve.tables import mix_table
 
     world, mix = _world(setting, folder), setting.make_mix()
     forecaster = world.forecaster
@@ -438,17 +454,16 @@ def _table(setting: Setting, entry: Entry, folder: Path, progress: Progress) -> 
     file = folder / "tables" / f"{key}.json"
     if file.exists():
         return load_table(file)
-    progress(f"planning {mix.name} on {world.fleet.name}")
-    workflow, whole = joined(mix, estimates)
-    table = plan_table(
-        workflow,
+    rate_rps = capacity_rps(world.fleet, mix)
+    table = mix_table(
+        [
+            Demand(workflow=workflow, rate_rps=part.share * rate_rps)
+            for part, workflow in zip(mix.parts, mix.workflows, strict=True)
+        ],
         world.fleet,
-        whole,
-        rate_rps=capacity_rps(world.fleet, mix),
+        estimates,
         budget=Budget.reproducible(deterministic=5.0, relative_gap=0.02),
         factors=PLANNED_LOADS,
-        progress=progress,
     )
-    table = split_table(table, mix)
     save_table(table, file)
     return table

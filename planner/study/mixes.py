@@ -1,7 +1,7 @@
 """Mixes of workflows: what arrives, in which shares, of which tenants.
 
-`joined` puts all workflows of a mix into one graph with a choice at its start, so that a plan
-places them together; `split_table` gives the rows of its table back to the workflows.
+`joined` puts all workflows of a mix into one graph with a choice at its start: what a load is a
+share of.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
 from planner.domain.ids import NodeId
@@ -21,7 +20,7 @@ from planner.domain.workflow import END, START, Branch, Node, Outcome, Workflow
 from planner.graph.sampling import sample_run
 from planner.study.graphs import TEMPLATES, Template
 
-__all__ = ["MIXES", "Mix", "Part", "joined", "make_mix", "split_table"]
+__all__ = ["MIXES", "Mix", "Part", "joined", "make_mix"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,16 +168,3 @@ def joined(mix: Mix, estimates: EstimateTable) -> tuple[Workflow, EstimateTable]
         branches={f"{n}/{b}": one for n, e in known.items() for b, one in e.branches.items()},
     )
     return workflow, replace(estimates, workflows={workflow.content_hash: whole})
-
-
-def split_table(table: DispatchTable, mix: Mix) -> DispatchTable:
-    """Return the table of `joined` with its rows keyed by the mix's own workflows."""
-    hashes = {
-        part.template: graph.content_hash
-        for part, graph in zip(mix.parts, mix.workflows, strict=True)
-    }
-    rows = []
-    for row in table.rows:
-        name, _, site = row.site.partition("/")
-        rows.append(replace(row, workflow_hash=hashes[name], site=site))
-    return replace(table, rows=tuple(rows))

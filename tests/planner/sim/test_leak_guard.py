@@ -21,8 +21,8 @@ from planner.domain.workflow import load_workflow
 from planner.sim.companions import companions_of
 from planner.sim.kernel import simulate
 from planner.sim.workload import poisson_arrivals, sampled_workload
-from planner.solve.solver import Budget
-from planner.study.tables import plan_table
+from planner.solve.solver import Budget, Demand
+from planner.solve.tables import mix_table
 
 CUT_S = 20.0
 """What happens before this instant is revealed; everything after it is changed."""
@@ -50,11 +50,10 @@ def setting() -> tuple[Fleet, EstimateTable, Forecaster, DispatchTable]:
     fleet = load_fleet(data_dir() / "fleets" / "demo.yaml")
     workflow = load_workflow(data_dir() / "demo" / "research.json")
     estimates = load_estimates(data_dir() / "demo" / "truth.json")
-    table = plan_table(
-        workflow,
+    table = mix_table(
+        [Demand(workflow=workflow, rate_rps=0.9)],
         fleet,
         estimates,
-        rate_rps=0.9,
         budget=Budget.reproducible(1.0, relative_gap=0.1),
     )
     return fleet, estimates, Forecaster(estimates, [workflow]), table

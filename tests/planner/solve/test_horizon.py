@@ -12,7 +12,6 @@ from planner.domain.snapshot import Snapshot
 from planner.solve.budget import Budget
 from planner.solve.hints import placements_of
 from planner.solve.horizon import plan_snapshot
-from planner.solve.mixture import mix
 from planner.solve.tables import LOAD_FACTORS
 from tests.planner.solve.small import Case, case, chain, endpoint, fleet
 
@@ -89,15 +88,15 @@ def test_several_workflows_share_the_fleet() -> None:
     assert planned.loads_rps[-1] == pytest.approx(1.25 * 0.3)
 
 
-def test_a_mixture_samples_every_workflow_by_its_rate() -> None:
-    """Samples follow the rates, and a rare workflow is in every sample."""
-    state = both((0.9, 0.001))
-    mixture = mix(state.workflows, state.loads_rps(), state.estimates, samples=8, seed=0)
-    origins = {mixture.origin(task.site)[0] for run in mixture.runs for task in run.tasks}  # type: ignore[arg-type]
-    assert origins == {ONE.workflow.content_hash, TWO.workflow.content_hash}
-    assert len({run.run_id for run in mixture.runs}) == len(mixture.runs)
-    lengths = sorted(len(run.tasks) for run in mixture.runs)
-    assert (lengths.count(2), lengths.count(3)) == (16, 1)
+def test_plans_of_several_workflows_hint_the_next_step() -> None:
+    """Each workflow starts from its own plan at the nearest load; nothing gets worse."""
+    first = plan_snapshot(both((0.9, 0.001)), (), BUDGET)
+    assert len(first.plans) == 2 * len(first.loads_rps)
+    again = plan_snapshot(both((0.9, 0.001)), first.plans, BUDGET)
+    assert again.objective_s <= first.objective_s + 1e-9
+    only = [plan for plan in first.plans if plan.workflow_hash == TWO.workflow.content_hash]
+    partly = plan_snapshot(both((0.9, 0.001)), only, BUDGET)
+    assert partly.bound_s <= partly.objective_s
 
 
 def test_overload_is_planned_for_as_far_as_the_fleet_carries() -> None:
@@ -121,11 +120,11 @@ def test_an_old_plan_is_mended_for_a_new_question() -> None:
     """Call sites and endpoints the old plan does not know get a place; nothing in common: None."""
     plan = ONE.solve().plan
     grown = case(chain("a", "b", "new"), ONE.fleet, 0.1).instance()
-    placements = placements_of(plan, grown)
+    placements = placements_of([plan], grown)
     assert placements is not None
     kept = {one.site: one.endpoint for one in plan.assignments}
     named = {site: grown.endpoints[i] for site, i in zip(grown.sites, placements[0], strict=True)}
     assert {site: named[site] for site in kept} == kept
-    assert placements_of(plan, TWO.instance()) is None
+    assert placements_of([plan], TWO.instance()) is None
     other = fleet(endpoint("x"), endpoint("y"))
-    assert placements_of(plan, case(chain("a", "b"), other, 0.1).instance()) is None
+    assert placements_of([plan], case(chain("a", "b"), other, 0.1).instance()) is None
