@@ -37,6 +37,8 @@ _ENDPOINTS = 8
 _FILES_PER_RUN = 2
 _SPARE_FILES = 256
 _KEY = "soak"
+_PACE = "0.1"
+"""Of the engines' clocks: slow, because it is concurrency that is tried, not pacing."""
 _SETTLE_S = 30.0
 _PATIENCE_S = 300.0
 _GROWTH = 1.05
@@ -102,10 +104,9 @@ async def soak(
     _allow_files(runs)
     ports = free_ports(_ENDPOINTS + 1)
     fleet = write_fleet(folder, ports[1:], slots=256)
-    # Slow enough that pacing is no work for this machine: it is concurrency that is tried here.
-    mock = [*ALMANAC, "mock-fleet", str(fleet), "--dilation", "0.25", "--stream-interval", "8"]
+    mock = [*ALMANAC, "mock-fleet", str(fleet), "--dilation", _PACE, "--stream-interval", "8"]
     gateway = [
-        *ALMANAC, "serve", str(fleet), "--port", str(ports[0]), "--dilation", "0.25",
+        *ALMANAC, "serve", str(fleet), "--port", str(ports[0]), "--dilation", _PACE,
         "--policy", "marginal_cost", "--admin-key", _KEY, "--workers", str(workers),
         "--run-done-idle-s", "0.1", "--run-idle-s", "1",
     ]  # fmt: skip
