@@ -29,6 +29,10 @@ workers:
     slots: 4
 """
 
+# A busy machine is late at times; nothing is to be said of it, and nobody to be left out for it.
+CALM = ("--first-byte-floor-s", 60, "--stall-floor-s", 60, "--health-interval-s", 0)
+WAIT_S = 60.0
+
 
 def free_port():
     with socket.socket() as one:
@@ -62,7 +66,7 @@ def start(*parts, **environment):
 
 def stop(process):
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=WAIT_S)
     return process.returncode, out, err
 
 
@@ -85,17 +89,17 @@ def test_both_serve_and_end_cleanly(fleet_file, tmp_path):
     assert line.startswith("ready: 1 mock endpoints, dilation 50: e0 http://127.0.0.1:")
     trace = tmp_path / "t.jsonl"
     gateway, line = start(
-        "serve", fleet_file, "--port", 0, "--dilation", 50, "--trace", trace,
+        "serve", fleet_file, "--port", 0, "--dilation", 50, "--trace", trace, *CALM,
         "--policy", "least_load", "--admin-key-env", "THE_KEY", THE_KEY="secret",
     )  # fmt: skip
     assert line.startswith("ready: http://127.0.0.1:")
     url = line.split()[1].rstrip(",")
-    answer = httpx.post(
-        f"{url}/v1/completions", json={"model": "m", "prompt": "a b", "max_tokens": 3}
-    )
+    body = {"model": "m", "prompt": "a b", "max_tokens": 3}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S)
     assert answer.json()["usage"]["completion_tokens"] == 3
     key = {"authorization": "Bearer secret"}
-    assert httpx.get(f"{url}/almanac/v1/diagnostics", headers=key).json()["policy"] == "least_load"
+    facts = httpx.get(f"{url}/almanac/v1/diagnostics", headers=key, timeout=WAIT_S).json()
+    assert facts["policy"] == "least_load"
     assert stop(gateway) == (0, "", "")
     code, out, err = stop(mock)
     assert (code, err) == (0, "")
@@ -109,7 +113,7 @@ def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
     """SIGHUP takes a file up or leaves it, and a restart finds what was learned and loaded."""
     mock, _ = start("mock_fleet", fleet_file, "--dilation", 50)
     state = tmp_path / "state.json"
-    words = ("--port", 0, "--dilation", 50, "--policy", "least_load", "--state", state)
+    words = ("--port", 0, "--dilation", 50, "--policy", "least_load", "--state", state, *CALM)
     key = {"authorization": "Bearer secret"}
 
     def serve_it():
@@ -117,7 +121,7 @@ def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
         return gateway, line.split()[1].rstrip(",")
 
     def facts(url):
-        return httpx.get(f"{url}/almanac/v1/diagnostics", headers=key).json()
+        return httpx.get(f"{url}/almanac/v1/diagnostics", headers=key, timeout=WAIT_S).json()
 
     gateway, url = serve_it()
     text = fleet_file.read_text()
@@ -133,7 +137,8 @@ def test_a_reload_and_a_restart_of_the_process(fleet_file, tmp_path):
     assert "configuration reloaded" in gateway.stderr.readline()
     body = {"model": "m", "prompt": "words " * 100, "max_tokens": 20}
     headers = {"x-session-id": "s"}
-    assert httpx.post(f"{url}/v1/completions", json=body, headers=headers).status_code == 200
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=WAIT_S)
+    assert answer.status_code == 200
     (before,) = facts(url)["endpoints"]
     assert stop(gateway) == (0, "", "")
     assert json.loads(state.read_text())["runs"][0]["run_id"] == "s"
