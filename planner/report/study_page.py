@@ -56,6 +56,12 @@ _COLUMNS = (
     ("kv_usage", "KV in use %", 100.0, 1),
     ("dispatch_p50_us", "decision us", 1.0, 0),
 )
+_TENANT_COLUMNS = (
+    ("mean_s", "mean s", 1.0, 2),
+    ("stretch_p95", "Req95", 1.0, 2),
+    ("stretch_p99", "Req99", 1.0, 2),
+    ("within_deadline", "in time %", 100.0, 1),
+)
 _SHOWN = (("mean_s", "mean"), ("p95_s", "P95"), ("stretch_p95", "Req95"))
 _LEGEND = (
     "<p>Quantiles of runs are over the runs of all seeds together. A run is good if it keeps its "
@@ -197,8 +203,26 @@ def _setting(one: Setting) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<h3>{escape(one['name'])} ({one['rate_rps']:.3g} runs/s)</h3>"
-        f"{_table(head, rows)}{_clairvoyant(one['clairvoyant'])}"
+        f"{_table(head, rows)}{_tenants(one)}{_clairvoyant(one['clairvoyant'])}"
     )
+
+
+def _tenants(one: Setting) -> str:
+    """Return what each tenant got from each policy; nothing if there is only one."""
+    names = sorted({tenant for policy in one["policies"] for tenant in policy["tenants"]})
+    if len(names) < 2:
+        return ""
+    head = ["policy", *(f"{name}: {said}" for name in names for _, said, _, _ in _TENANT_COLUMNS)]
+    rows = []
+    for policy in one["policies"]:
+        cells = [f"<td>{escape(policy['policy'])}</td>"]
+        for name in names:
+            for figure, _, scale, digits in _TENANT_COLUMNS:
+                value = policy["tenants"].get(name, {}).get(figure)
+                text = "-" if value is None else f"{value * scale:.{digits}f}"
+                cells.append(f"<td>{text}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<p>By tenant, means over the seeds:</p>{_table(head, rows)}"
 
 
 _AGAINST = ("against_baseline", "against_best")

@@ -38,7 +38,7 @@ def result(latencies: list[float], seed: int) -> CellResult:
     )  # fmt: skip
     return CellResult(
         metrics=metrics, stretch_p95=values[-1], stretch_p99=values[-1], stretches=values,
-        all_mean_s=metrics.mean_s, tenants={"light": {"within_deadline": 0.5}},
+        all_mean_s=metrics.mean_s, tenants={"light": {"within_deadline": 0.5}, "heavy": {"mean_s": 2.0}},
     )  # fmt: skip
 
 
@@ -140,6 +140,7 @@ def test_document_and_page(tmp_path: Path) -> None:
     assert 'class="loss"' in page
     assert 'class="win"' in page
     assert "a paper" in page
+    assert "light: in time %" in page
     assert "elsewhere" in study_table(found)
 
 
