@@ -38,7 +38,8 @@ def result(latencies: list[float], seed: int) -> CellResult:
     )  # fmt: skip
     return CellResult(
         metrics=metrics, stretch_p95=values[-1], stretch_p99=values[-1], stretches=values,
-        all_mean_s=metrics.mean_s, tenants={"light": {"within_deadline": 0.5}, "heavy": {"mean_s": 2.0}},
+        all_mean_s=metrics.mean_s,
+        tenants={"light": {"within_deadline": 0.5}, "heavy": {"mean_s": 2.0}},
     )  # fmt: skip
 
 
