@@ -46,6 +46,8 @@ FORGETTING = 0.99
 ANCHOR = 3.0
 HUBER = 0.3
 """Relative error beyond which an observation counts less."""
+LEVERAGE = 4.0
+"""Times the observed seconds from which those expected are what an error is relative to."""
 ALARM_RATIO, ALARM_S = 1.15, 30.0
 LEARNING = 50
 """Observations after which the row in use becomes what drift is measured against."""
@@ -262,14 +264,18 @@ class OnlineLatency:
         """
         if not (math.isfinite(seconds) and seconds > 0.0 and bool(np.all(np.isfinite(counts)))):
             return
-        relative = counts * self._unit / seconds
         expected = float(counts @ self._reference)
-        if not relative.any() or expected <= 0.0:
+        if not counts.any() or expected <= 0.0:
             return
-        error = abs(float(relative @ self._unknowns[:6]) - 1.0)
+        # An answer that was buffered on its way comes at once; relative to next to nothing it would
+        # outweigh all others.
+        scaled = counts * self._unit
+        whole = max(seconds, float(scaled @ self._unknowns[:6]) / LEVERAGE)
+        relative, target = scaled / whole, seconds / whole
+        error = abs(float(relative @ self._unknowns[:6]) - target)
         weight = min(1.0, HUBER / max(error, 1e-12)) if self.observations >= 10 else 1.0
         self._matrix = self.forgetting * self._matrix + weight * np.outer(relative, relative)
-        self._vector = self.forgetting * self._vector + weight * relative
+        self._vector = self.forgetting * self._vector + weight * target * relative
         self._solved = False
         self.observations += 1
         if watch:

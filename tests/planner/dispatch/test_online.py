@@ -71,6 +71,15 @@ def test_coefficients_never_become_negative():
     assert row.decode_base_ms > 0
 
 
+@pytest.mark.parametrize("seconds", [1e-3, 1e-5, 1e-7])
+def test_an_answer_that_comes_at_once_does_not_outweigh_all_others(seconds):
+    """Tokens that were buffered on their way say nothing of the engine; the row stays usable."""
+    learner = OnlineLatency(TRUE)
+    _feed(learner, TRUE, 100)
+    learner.observe(decode_counts(50, calls=8, kv_tokens=8000), seconds, 100.0)
+    assert _end_to_end(learner.row) == pytest.approx(_end_to_end(TRUE), rel=0.05)
+
+
 def test_it_forgets():
     """After a change of speed the old observations fade."""
     learner = OnlineLatency(TRUE)
