@@ -24,31 +24,46 @@ __all__ = ["Bar", "register", "run"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SHOPS = ("shop_scheduling/fjsp.jsonl", "shop_scheduling/hfsp.jsonl")
 _GRAPHS = "dag_sets/dagbench.jsonl"
 _PLANS = "dag_sets/asynchow_plans.jsonl"
+_PUBLISHED = {
+    "critical-paths": _PLANS,
+    "task-graphs": _GRAPHS,
+    "fjsp": "shop_scheduling/fjsp.jsonl",
+    "hfsp": "shop_scheduling/hfsp.jsonl",
+}
+"""Parts that need published instances, and the file of each."""
+_PARTS = (
+    "critical-paths",
+    "task-graphs",
+    "windows",
+    "fleet-plans",
+    "growth",
+    "table",
+    "fjsp",
+    "hfsp",
+)
+"""All parts, the longest last."""
 
 _PEER = """
 import json, sys
 from pyjobshop import Model
-for line in sys.stdin:
-    question = json.loads(line)
-    model = Model()
-    machines = [[model.add_machine() for _ in range(n)] for n in question["slots"]]
-    tasks = []
-    for modes, preds in question["activities"]:
-        task = model.add_task()
-        tasks.append(task)
-        for endpoint, ticks in modes:
-            for machine in machines[endpoint]:
-                model.add_mode(task, machine, ticks)
-        for pred in preds:
-            model.add_end_before_start(tasks[pred], task)
-    result = model.solve(solver="ortools", time_limit=question["limit"], num_workers=2,
-                         display=False)
-    print(json.dumps(result.objective), flush=True)
+question = json.load(sys.stdin)
+model = Model()
+machines = [[model.add_machine() for _ in range(n)] for n in question["slots"]]
+tasks = []
+for modes, preds in question["activities"]:
+    task = model.add_task()
+    tasks.append(task)
+    for endpoint, ticks in modes:
+        for machine in machines[endpoint]:
+            model.add_mode(task, machine, ticks)
+    for pred in preds:
+        model.add_end_before_start(tasks[pred], task)
+result = model.solve(solver="ortools", time_limit=question["limit"], num_workers=2, display=False)
+print(result.objective)
 """
-"""Solves questions given as JSON lines with PyJobShop on two workers, in another Python."""
+"""Solves a question given as JSON with PyJobShop on two workers, in another Python."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +118,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help="Python interpreter with PyJobShop, to solve the same shop instances as long",
     )
+    parser.add_argument(
+        "--only",
+        metavar="NAME,..",
+        help=f"parts to run, of {', '.join(_PARTS)} (default: all)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
 
@@ -121,23 +141,56 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> Iterator[Bar]:
+    wanted = _wanted(args.only)
     if args.data is None:
-        _note("no --data: published instances are left out")
-    else:
-        for name in (*_SHOPS, _GRAPHS, _PLANS):
-            if not (args.data / name).is_file():
-                raise InvalidInput(
-                    f"no file {name}", where=str(args.data), remedy="give the folder that holds it"
-                )
-        yield _critical_paths(args.data / _PLANS)
-        yield from _task_graphs(args.data / _GRAPHS, 0.5 if args.quick else 5.0)
-    yield from _windows(8 if args.quick else 40)
-    yield from _fleet_plans(3 if args.quick else 10)
-    yield from _growth(quick=args.quick)
-    yield from _table(10 if args.quick else 200)
-    if args.data is not None:
-        for name in _SHOPS:
-            yield from _shop(args.data / name, args)
+        left_out = [part for part in wanted if part in _PUBLISHED]
+        if args.only and left_out:
+            raise InvalidInput(
+                f"{', '.join(left_out)} without --data",
+                where="--only",
+                remedy="give the folder with published instances",
+            )
+        if left_out:
+            _note("no --data: published instances are left out")
+        wanted = [part for part in wanted if part not in _PUBLISHED]
+    for name in [_PUBLISHED[part] for part in wanted if part in _PUBLISHED]:
+        if not (args.data / name).is_file():
+            raise InvalidInput(
+                f"no file {name}", where=str(args.data), remedy="give the folder that holds it"
+            )
+    for part in wanted:
+        yield from _part(part, args)
+
+
+def _wanted(only: str | None) -> Sequence[str]:
+    """Return the parts to run, in the order in which they always run."""
+    if only is None:
+        return _PARTS
+    names = [name.strip() for name in only.split(",")]
+    unknown = [name for name in names if name not in _PARTS]
+    if unknown:
+        raise InvalidInput(
+            f"part {unknown[0]!r}", where="--only", remedy=f"name some of {', '.join(_PARTS)}"
+        )
+    return [part for part in _PARTS if part in names]
+
+
+def _part(part: str, args: argparse.Namespace) -> Iterator[Bar]:
+    match part:
+        case "critical-paths":
+            yield _critical_paths(args.data / _PLANS)
+        case "task-graphs":
+            yield from _task_graphs(args.data / _GRAPHS, 0.5 if args.quick else 5.0)
+        case "windows":
+            yield from _windows(8 if args.quick else 40)
+        case "fleet-plans":
+            yield from _fleet_plans(3 if args.quick else 10)
+        case "growth":
+            yield from _growth(quick=args.quick)
+        case "table":
+            yield from _table(10 if args.quick else 200)
+        case _:
+            yield from _shop(args.data / _PUBLISHED[part], args)
 
 
 def _at_most(name: str, value: float, unit: str, bar: float) -> Bar:
@@ -161,7 +214,7 @@ def _shop(path: Path, args: argparse.Namespace) -> Iterator[Bar]:
     wanted = args.instances or (3 if args.quick else len(rows))
     rows = [rows[(2 * n + 1) * len(rows) // (2 * wanted)] for n in range(min(wanted, len(rows)))]
     questions = [make(row) for row in rows]
-    found, missed = [], 0
+    found, others, missed = [], [], 0
     for row, question in zip(rows, questions, strict=True):
         result = solve_schedule(question, budget=Budget(wall_s=limit, relative_gap=0.0))
         _check(verify_schedule(question, result.schedule), f"{kind} {row['instance']}")
@@ -169,6 +222,10 @@ def _shop(path: Path, args: argparse.Namespace) -> Iterator[Bar]:
         proven = row["reference"]["ortools"]["status"] == "Optimal"
         missed += proven and found[-1] > int(row["best_known"])
         _note(f"{kind} {row['instance']}: {found[-1]}, best known {row['best_known']}")
+        if args.peer_python is not None:
+            # By turns: then both meet the same other load on the machine.
+            others.append(_peer(args.peer_python, question, limit))
+            _note(f"{kind} {row['instance']}: PyJobShop {others[-1]:g}")
     gaps = [value / int(row["best_known"]) - 1 for value, row in zip(found, rows, strict=True)]
     name = f"{kind}_gap_{limit:g}s_{len(rows)}_instances"
     # The bars are stated for 60 s; shorter limits are shown beside them without a verdict.
@@ -183,7 +240,6 @@ def _shop(path: Path, args: argparse.Namespace) -> Iterator[Bar]:
         holds=missed == 0 if judged else None,
     )
     if args.peer_python is not None:
-        others = _peer(args.peer_python, questions, limit)
         behind = [100 * (a / b - 1) for a, b in zip(found, others, strict=True)]
         yield _at_most(f"{kind}_behind_pyjobshop_{limit:g}s", statistics.fmean(behind), "%", 1.0)
 
@@ -192,25 +248,20 @@ def _size(row: Mapping[str, Any]) -> int:
     return sum(map(len, row["jobs"] if "jobs" in row else row["times"]))
 
 
-def _peer(python: Path, questions: Sequence[ScheduleQuestion], limit: float) -> list[float]:
-    """Return the peer's objectives."""
-    lines = [
-        json.dumps(
-            {
-                "slots": question.slots,
-                "limit": limit,
-                "activities": [
-                    ([(mode.endpoint, mode.ticks) for mode in one.modes], one.preds)
-                    for one in question.activities
-                ],
-            }
-        )
-        for question in questions
-    ]
+def _peer(python: Path, question: ScheduleQuestion, limit: float) -> float:
+    """Return the peer's objective."""
+    asked = {
+        "slots": question.slots,
+        "limit": limit,
+        "activities": [
+            ([(mode.endpoint, mode.ticks) for mode in one.modes], one.preds)
+            for one in question.activities
+        ],
+    }
     try:
         done = subprocess.run(  # noqa: S603 - the interpreter is the user's choice
             [str(python), "-c", _PEER],
-            input="\n".join(lines),
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
             check=True,
@@ -222,7 +273,7 @@ def _peer(python: Path, questions: Sequence[ScheduleQuestion], limit: float) -> 
             where=f"--peer-python {python}",
             remedy="give an interpreter that can import pyjobshop",
         ) from error
-    return [float(line) for line in done.stdout.split()]
+    return float(done.stdout)
 
 
 def _task_graphs(path: Path, limit: float) -> Iterator[Bar]:
@@ -400,10 +451,45 @@ def _growth(*, quick: bool) -> Iterator[Bar]:
         window = random_window(calls, endpoints, 5, np.random.default_rng(0))
         _, seconds = _timed(greedy_window, window)
         yield Bar(name=f"window_descent_{calls}x{endpoints}", value=seconds, unit="s")
+    for calls, endpoints in sizes:
+        yield from _offline(calls, endpoints, 2.0 if quick else 10.0)
     for sites, endpoints in ((30, 16), (60, 32)) if quick else ((30, 16), (60, 32), (200, 64)):
         took, gap, _ = _fleet_plan(sites, endpoints, 0, 0.8, 30.0)
         yield Bar(name=f"fleet_plan_{sites}x{endpoints}", value=took, unit="s")
         yield Bar(name=f"fleet_plan_gap_{sites}x{endpoints}", value=100 * gap, unit="%")
+
+
+def _offline(calls: int, endpoints: int, limit: float) -> Iterator[Bar]:
+    """Schedule known runs of four calls each on unlike endpoints of one slot."""
+    import numpy as np
+
+    from planner.domain.schedule import Activity, Mode, ScheduleQuestion
+    from planner.solve.budget import Budget
+    from planner.solve.intervals import solve_schedule
+    from planner.verify_schedule import verify_schedule
+
+    rng = np.random.default_rng(0)
+    tokens = rng.lognormal(5.0, 0.6, calls)
+    speed = 2.0 ** rng.uniform(-1.0, 1.0, endpoints)
+    question = ScheduleQuestion(
+        slots=(1,) * endpoints,
+        activities=tuple(
+            Activity(
+                modes=tuple(
+                    Mode(endpoint=i, ticks=max(1, round(float(tokens[a] / speed[i]))))
+                    for i in range(endpoints)
+                ),
+                preds=(a - 1,) if a % 4 else (),
+            )
+            for a in range(calls)
+        ),
+    )
+    budget = Budget(wall_s=limit, relative_gap=0.0)
+    result, seconds = _timed(solve_schedule, question, budget=budget)
+    _check(verify_schedule(question, result.schedule), f"offline {calls}x{endpoints}")
+    yield Bar(name=f"offline_{calls}x{endpoints}", value=seconds, unit="s")
+    gap = 100 * result.schedule.gap
+    yield Bar(name=f"offline_gap_{calls}x{endpoints}", value=gap, unit="%")
 
 
 def _table(workflows: int) -> Iterator[Bar]:

@@ -9,6 +9,8 @@ import pytest
 
 from planner.cli import bench_planner
 from planner.cli.main import main
+from planner.domain.errors import InvalidInput
+from planner.domain.schedule import ScheduleQuestion
 
 
 @pytest.fixture
@@ -40,14 +42,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_published_instances_are_judged(
-    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_instances_are_judged(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each figure has name, value, unit, bar and verdict; quick limits leave the verdict open."""
-    for name in ("_windows", "_fleet_plans", "_table"):
-        monkeypatch.setattr(bench_planner, name, lambda _: iter(()))
-    monkeypatch.setattr(bench_planner, "_growth", lambda *, quick: iter(()))
-    assert main(["bench-planner", "--data", str(data), "--quick", "--json"]) == 0
+    only = "hfsp,critical-paths,task-graphs,fjsp"
+    assert main(["bench-planner", "--data", str(data), "--quick", "--json", "--only", only]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert all(set(row) == {"name", "value", "unit", "bar", "holds"} for row in rows.values())
     assert rows["asynchow_critical_paths_wrong"]["value"] == 0
@@ -68,13 +66,32 @@ def test_speed_figures_are_there() -> None:
     assert 0 <= gap < 1
 
 
+def test_one_part_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """--only runs what it names and nothing else; an unknown or dataless part is bad input."""
+    assert main(["bench-planner", "--quick", "--only", "table", "--json"]) == 0
+    names = {row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert names == {"table_lookup_p50", "table_memory_one_bucket"}
+    assert main(["bench-planner", "--only", "tables"]) == 2
+    assert "task-graphs" in capsys.readouterr().err
+    assert main(["bench-planner", "--only", "fjsp"]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_offline_growth_is_measured() -> None:
+    """A small offline question has its seconds and its gap."""
+    seconds, gap = bench_planner._offline(8, 3, 0.5)
+    assert seconds.value > 0
+    assert 0 <= gap.value < 100
+
+
 def test_missing_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder without the instances is bad input: which file, and what to do."""
     assert main(["bench-planner", "--data", str(tmp_path)]) == 2
-    assert "fjsp.jsonl" in capsys.readouterr().err
+    assert "asynchow_plans.jsonl" in capsys.readouterr().err
 
 
 def test_a_peer_that_does_not_run_is_named(tmp_path: Path) -> None:
     """An interpreter without PyJobShop is bad input."""
-    with pytest.raises(bench_planner.InvalidInput, match="--peer-python"):
-        bench_planner._peer(tmp_path / "python", [], 1.0)
+    question = ScheduleQuestion(slots=(1,), activities=())
+    with pytest.raises(InvalidInput, match="--peer-python"):
+        bench_planner._peer(tmp_path / "python", question, 1.0)
