@@ -46,7 +46,7 @@ GRID = Grid(
 )  # fmt: skip
 """20 scenarios (five fleets at four loads) under five policies."""
 _GRID_EFFORT = Effort(seeds=2, runs=100)
-_FULL_SEEDS = 40
+_FULL_SEEDS = 24
 _FULL_FROM = 1000
 _AGREE = 0.99
 

@@ -145,18 +145,21 @@ def marginal_values(
             changes.append(
                 (
                     AddEndpoints(count=1, kind=one.id),
-                    None if own is None else -own * one.max_num_seqs,
+                    None if own is None else 0.0 - own * one.max_num_seqs,
                 )
             )
     for one in question.fleet.endpoints:
         own = duals.slot_s.get(one.id)
-        changes.append((AddSlots(endpoint=one.id, count=1), None if own is None else -own))
+        changes.append((AddSlots(endpoint=one.id, count=1), None if own is None else 0.0 - own))
     for one in question.fleet.endpoints:
         if one.kv_bytes_per_token is not None:
             token_s = duals.token_s.get(one.id)
             gained = GB / one.kv_bytes_per_token
             changes.append(
-                (AddKv(endpoint=one.id, gb=1.0), None if token_s is None else -token_s * gained)
+                (
+                    AddKv(endpoint=one.id, gb=1.0),
+                    None if token_s is None else 0.0 - token_s * gained,
+                )
             )
     timed = [one for one in question.streams if one.deadline_s is not None and one.rate_rps > 0]
     changes += [

@@ -28,13 +28,14 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_import_is_light_and_alone(tmp_path: Path) -> None:
-    """The facade loads nothing; but for embedding it never loads planner, models or OpenAI."""
+    """The facade loads nothing; only embedding and what-if ever load planner or models."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import almanac\n"
         "def loaded(*names):\n"
         "    return sorted(set(names) & {name.partition('.')[0] for name in sys.modules})\n"
         "assert not loaded('langgraph', 'httpx', 'runtime', 'planner'), sys.modules\n"
-        "[getattr(almanac, name) for name in almanac.__all__ if name != 'embed']\n"
+        "apart = set(almanac.__all__) - almanac._NEEDS_PLANNER\n"
+        "[getattr(almanac, name) for name in apart]\n"
         "print(loaded('planner', 'models', 'sklearn', 'ortools', 'openai', 'pandas'))"
     )
     done = python(program, tmp_path)
