@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.whatif.facade import (
+        Effort,
         cheapest_fleet,
         diff,
         marginal_values,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from runtime.langgraph.settings import run
 
 __all__ = [
+    "Effort",
     "branch",
     "cheapest_fleet",
     "diff",
@@ -93,8 +95,8 @@ _HOME = {
     "workflow_ir": "runtime.langgraph.ir",
 }
 _WHAT_IF = (
-    "cheapest_fleet", "diff", "marginal_values", "question", "regret", "whatif", "whatif_grid",
-    "why_not",
+    "Effort", "cheapest_fleet", "diff", "marginal_values", "question", "regret", "whatif",
+    "whatif_grid", "why_not",
 )  # fmt: skip
 _HOME |= dict.fromkeys(_WHAT_IF, "planner.whatif.facade")
 _NEEDS_PLANNER = {"embed", *_WHAT_IF}
