@@ -14,10 +14,9 @@ A call outside any join is a join of one. Delays are pairwise: a call's delay is
 each other call on its endpoint costs it.
 
 Bound: with multipliers that divide the weight of a join among its calls per scenario, the maximum
-becomes a sum, and what is left is an assignment with pairwise costs. There a call that shares its
-endpoint with n others pays at least what `_shared_costs` says; assigning calls and numbers of
-calls per endpoint jointly is a linear program. Without joins the bound is within a few per cent;
-with joins, where delays count for the last call only, it is looser.
+becomes a sum, and what is left is an assignment with pairwise costs, bounded by
+`planner.solve.call_sets`. Without joins the bound is within a per cent; with joins, where delays
+count for the last call only, it is looser, and the multipliers are improved in a few turns.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.linear_solver.python import model_builder
 from ortools.sat.python import cp_model
 
 from planner.domain.errors import Infeasible, InvalidInput, ModelInvalid
 from planner.solve.budget import Budget
+from planner.solve.call_sets import set_bound
 from planner.solve.instance import Bools, Floats, Ints
 
 __all__ = ["Window", "WindowModel", "WindowPlan", "greedy_window", "solve_window", "window_cost"]
 
 _TICK_S = 1e-3
-_TRUST = 1e-6
 _STEPS_PER_CALL = 4
 """Improving steps of the descent at most, per call."""
 _LEAST_GAIN_S = 1e-9
 _SPREAD = 0.05
 """Spread of the bound's multipliers, relative to the mean finish."""
-_HEAVY = 0.5
-"""Weight, relative to the largest, from which on the bound counts a call as one to be delayed."""
-_LEAST_DEPTH = 6
-_MORE_DEPTH = 3
-"""Numbers of calls on one endpoint that the bound tells apart: at least six, and three more than
-on the fullest endpoint of the best placement known."""
+_SHIFT = 0.15
+"""How far multipliers follow the relaxation in a turn, relative to what made them."""
+_LEAST_SHARE = 1e-3
+"""Added to each multiplier: one of zero could never grow."""
+_FIRST_STEPS, _STEPS = 60, 15
+_TURNS = 8
+"""Subgradient steps of the first turn and of later ones, and turns, of which joins need several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,9 +180,7 @@ def solve_window(window: Window, *, budget: Budget | None = None, seed: int = 0)
     search = _Search(window)
     best = search.descend(search.construct())
     cost = search.cost(best)
-    mean_s = float(search.finishes(best[np.newaxis]).mean())
-    weights = search.multipliers(best, _SPREAD * max(abs(mean_s), _TICK_S))
-    bound = _bound(window, weights, best)
+    bound = _bound(window, search, best, cost)
     search_s = 0.0
     if cost - bound > budget.relative_gap * abs(cost):
         model = WindowModel(window, best, bound)
@@ -340,16 +337,20 @@ class _Search:
         last = np.maximum.reduceat(finishes[:, :, self._order], self._starts, axis=2)
         return np.asarray((last.mean(axis=1) * self._weights).sum(axis=1), dtype=np.float64)
 
-    def multipliers(self, placement: Ints, spread_s: float) -> Floats:
+    def multipliers(self, finish: Floats, spread_s: float) -> Floats:
         """Return each join's weight divided among its calls, most to the last; (S, C).
 
         A call that finishes ``spread_s`` before the last gets a share 1 / e of the last's.
         """
-        finish = self.finishes(placement[np.newaxis])[0]
+        return self.shifted(np.ones(finish.shape), finish, 1.0 / spread_s)
+
+    def shifted(self, weights: Floats, finish: Floats, rate: float) -> Floats:
+        """Return multipliers times the exponential of their finish, scaled anew; (S, C)."""
         out: Floats = np.zeros(finish.shape)
         for group, weight in zip(self._groups, self._weights, strict=True):
             late = finish[:, group]
-            share = np.exp((late - late.max(axis=1, keepdims=True)) / spread_s)
+            share = weights[:, group] + _LEAST_SHARE
+            share = share * np.exp(rate * (late - late.max(axis=1, keepdims=True)))
             out[:, group] = weight * share / share.sum(axis=1, keepdims=True)
         return out
 
@@ -360,100 +361,39 @@ def _pair_costs(window: Window, weights: Floats) -> Floats:
     return np.asarray(one_way + one_way.transpose(1, 0, 2), dtype=np.float64)
 
 
-def _bound(window: Window, weights: Floats, placement: Ints) -> float:
-    """Return a cost that no placement is below, by the linear program of the module's text.
+def _bound(window: Window, search: _Search, placement: Ints, target: float) -> float:
+    """Return a cost that no placement is below, by the sets of calls of the module's text.
 
-    ``weights`` (S, C) divide the weight of each join among its calls.
+    ``target`` is the cost of ``placement``, from which multipliers and prices start.
     """
-    samples, calls, endpoints = window.own_s.shape
-    alone = np.einsum("sc,sci->ci", weights, window.own_s) / samples
-    alone = alone + window.theta * window.imposed_s
-    fixed = float((weights * window.tail_s).sum() / samples)
-    mean = weights.mean(axis=0)
-    heavy = mean >= _HEAVY * mean.max()
-    crowd = int(np.bincount(placement[heavy], minlength=1).max())
-    depth = min(int(heavy.sum()), max(_LEAST_DEPTH, crowd + _MORE_DEPTH))
-    share = _shared_costs(_pair_costs(window, weights), window.allowed, heavy, depth)
-    model = model_builder.Model()  # type: ignore[no-untyped-call]
-    total = model_builder.LinearExpr.weighted_sum
-    use: dict[tuple[int, int, int], model_builder.Variable] = {}
-    costs: list[float] = []
-    for c, i in np.argwhere(window.allowed).tolist():
-        for n in range(int(heavy[c]), depth + 1):
-            use[c, i, n] = model.new_num_var(0.0, 1.0, "")
-            costs.append(float(alone[c, i] + share[c, i, n]))
-    for c in range(calls):
-        mine = [variable for (call, _, _), variable in use.items() if call == c]
-        model.add_linear_constraint(total(mine, [1.0] * len(mine)), lb=1.0, ub=1.0)
-    for i in range(endpoints):
-        numbers = [model.new_num_var(0.0, 1.0, "") for _ in range(depth + 1)]
-        model.add_linear_constraint(total(numbers, [1.0] * len(numbers)), ub=1.0)
-        users = np.flatnonzero(window.allowed[:, i]).tolist()
-        for n, number in enumerate(numbers):
-            for c in users:
-                if (c, i, n) in use:
-                    # Implied for heavy calls, but halves what the bound leaves open.
-                    model.add_linear_constraint(use[c, i, n] - number, ub=0.0)
-            row = [use[c, i, n] for c in users if heavy[c]] if n else []
-            if row:
-                # n heavy calls are there; the last number stands for all larger ones.
-                most = float(heavy.sum() if n == depth else n)
-                ones = [1.0] * len(row)
-                model.add_linear_constraint(total([*row, number], [*ones, -most]), ub=0.0)
-                model.add_linear_constraint(total([*row, number], [*ones, -float(n)]), lb=0.0)
-    model.minimize(total(list(use.values()), costs))
-    solver = model_builder.Solver("GLOP")
-    if solver.solve(model) != model_builder.SolveStatus.OPTIMAL:
-        return -np.inf
-    value = float(solver.objective_value)
-    return value - _TRUST * abs(value) + fixed
-
-
-def _shared_costs(pair: Floats, allowed: Bools, heavy: Bools, depth: int) -> Floats:
-    """Return what a call pays at least on an endpoint with n heavy calls; (C, I, depth + 1).
-
-    Heavy calls are those whose finish counts. Between two of them a pair cost is a_c + a_d and a
-    rest; summed over the pairs of n calls the first part is n - 1 times the sum of their a,
-    exactly, and of the rest each pays half of its n - 1 least. The a are the least-squares fit,
-    which leaves little rest. A light call pays its n least pair costs with heavy ones; what light
-    calls cost each other is left out unless they profit. The last n stands for all larger ones.
-    """
-    calls, _, endpoints = pair.shape
-    share: Floats = np.zeros((calls, endpoints, depth + 1))
-    if calls < 2:
-        return share
-    some, others = np.flatnonzero(heavy), np.flatnonzero(~heavy)
-    if len(some) > 1:
-        inner = pair[np.ix_(some, some)]
-        rows = inner.sum(axis=1)
-        own = rows / 2
-        if len(some) > 2:
-            own = (rows - rows.sum(axis=0) / (2 * (len(some) - 1))) / (len(some) - 2)
-        rest = inner - own[:, None] - own[None]
-        rest[np.arange(len(some)), np.arange(len(some))] = np.inf
-        sums, more = _least_sums(rest, allowed[some], depth - 1)
-        number = np.arange(depth, dtype=np.float64)
-        share[some, :, 1:] = own[:, :, None] * number + sums / 2
-        share[some, :, -1] += more / 2 + np.minimum(own, 0.0) * (len(some) - depth)
-    if len(others):
-        sums, more = _least_sums(pair[np.ix_(others, some)], allowed[some], depth)
-        share[others] = sums
-        share[others, :, -1] += more
-        gain = np.minimum(pair[np.ix_(others, others)], 0.0).sum(axis=1) / 2
-        share[others] += gain[:, :, None]
-    return share
-
-
-def _least_sums(costs: Floats, allowed: Bools, most: int) -> tuple[Floats, Floats]:
-    """Return sums of the 0 to ``most`` least of costs (c, d, I), and of the negative ones left.
-
-    Shapes (c, I, most + 1) and (c, I). Partners that are not ``allowed`` (d, I) do not count.
-    """
-    ranked = np.sort(np.where(allowed[None], costs, np.inf), axis=1)
-    ranked = np.where(np.isfinite(ranked), ranked, 0.0)
-    none = np.zeros_like(ranked[:, :1])
-    sums = np.concatenate([none, np.cumsum(ranked[:, :most], axis=1)], axis=1)
-    return sums.transpose(0, 2, 1), np.minimum(ranked[:, most:], 0.0).sum(axis=1)
+    samples = len(window.own_s)
+    finish = search.finishes(placement[np.newaxis])[0]
+    spread_s = _SPREAD * max(abs(float(finish.mean())), _TICK_S)
+    weights = search.multipliers(finish, spread_s)
+    calls = np.arange(len(placement))
+    same = (placement[:, None] == placement) & (calls[:, None] != calls)
+    prices: Floats | None = None
+    best = -np.inf
+    joined = any(len(group) > 1 for group in window.groups)
+    for turn in range(_TURNS if joined else 1):
+        alone = np.einsum("sc,sci->ci", weights, window.own_s) / samples
+        alone = np.where(window.allowed, alone + window.theta * window.imposed_s, np.inf)
+        fixed = float((weights * window.tail_s).sum() / samples)
+        pair = _pair_costs(window, weights)
+        if prices is None:
+            # What each call costs where it is, half of what it shares included.
+            shared = pair[calls[:, None], calls, placement[:, None]]
+            prices = alone[calls, placement] + (shared * same).sum(axis=1) / 2
+        found = set_bound(
+            alone, pair, prices, target=target - fixed, steps=_STEPS if turn else _FIRST_STEPS
+        )
+        best = max(best, found.value + fixed)
+        prices = found.prices
+        # Where the relaxation ends late, its multipliers should be larger.
+        own = np.einsum("sci,ci->sc", window.own_s, found.use) + window.tail_s
+        finish = own + np.einsum("scdi,cdi->sc", window.delay_s, found.both)
+        weights = search.shifted(weights, finish, _SHIFT * (1.0 - turn / _TURNS) / spread_s)
+    return best
 
 
 class WindowModel:
