@@ -13,6 +13,7 @@ from yarl import URL
 from planner.domain.fleet import Endpoint
 from runtime.links import EndpointBroken, EndpointUnreachable
 from runtime.timeouts import LearnedLimit
+from runtime.transport import TimedConnector
 
 __all__ = ["EndpointLink", "UpstreamAnswer"]
 
@@ -99,6 +100,8 @@ class EndpointLink:
             floor_s=_CONNECT_FLOOR_S,
             cap_s=session.timeout.sock_connect or float("inf"),
         )
+        if isinstance(session.connector, TimedConnector):
+            session.connector.tell[self._url.host, self._url.port] = self.connected
         self._urls: dict[str, URL] = {}  # by route; making one takes as long as a decision
 
     async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> UpstreamAnswer:
@@ -113,7 +116,6 @@ class EndpointLink:
                 headers=headers,
                 allow_redirects=False,
                 timeout=self._timeout(),
-                trace_request_ctx=self.connected,
             )
         except aiohttp.ClientConnectorError as error:
             raise EndpointUnreachable(type(error).__name__) from error
