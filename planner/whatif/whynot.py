@@ -6,8 +6,9 @@ capacity, and where no policy can meet the target as things are, none must be pr
 changed fleet either. What is left is simulated with the same runs for all, and each set that is
 returned has met the target in that simulation.
 
-Without a plan at all (a load beyond the fleet, a call that fits nowhere) the same search runs for
-a fleet that carries the load; the solver's own reason comes with it.
+The planner is asked, too: whether every sampled run of a plan could keep the time. If it proves
+that none can, its reason comes with the answer: the critical path, the load, the KV, or the
+smallest set of limits that CP-SAT found to conflict (an unsatisfiable core).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.domain.errors import Infeasible, InvalidInput
+from planner.domain.errors import Infeasible, InvalidInput, NoSolutionFound
 from planner.report.terminal import align
 from planner.whatif.answer import Answer, Effort, ask, capacity_rps
 from planner.whatif.changes import (
@@ -40,6 +41,8 @@ _SCREEN = 2
 """Seeds that a set is screened with; one that misses by more than `_HOPELESS` is given up."""
 _HOPELESS = 0.25
 _SATURATED = 1.0
+_PLAN_EFFORT = 1.0
+"""Deterministic time of the planner's attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,9 @@ class WhyNot:
         The question as it is.
     reason
         What stands in the way, in words: the solver's reason, the bound, or the queues.
+    core
+        Why no plan keeps the time in every sampled run, by the planner; None if it has no proof,
+        or the target is met.
     slack
         How far the target itself would have to give way to be met as things are: seconds, or a
         share; 0 if it is met. No policy could do with less than ``proven_slack``.
@@ -78,6 +84,7 @@ class WhyNot:
     target: Target
     answer: Answer
     reason: str
+    core: str | None
     slack: float | None
     proven_slack: float
     remedies: tuple[Remedy, ...]
@@ -90,6 +97,7 @@ class WhyNot:
             "schema": "almanac.whynot/1",
             "target": str(self.target),
             "reason": self.reason,
+            "core": self.core,
             "slack": self.slack,
             "proven_slack": self.proven_slack,
             "answer": self.answer.to_json(),
@@ -108,6 +116,8 @@ class WhyNot:
     def text(self) -> str:
         """Return it for a terminal."""
         lines = [self.reason]
+        if self.core is not None:
+            lines.append(f"no plan keeps it in every sampled run: {self.core}")
         unit = "" if self.target.least else " s"
         if self.slack is not None and self.slack > 0:
             lines.append(
@@ -186,9 +196,9 @@ def why_not(
     base = ask([(str(Scenario()), question)], effort, store=store)[0]
     figure = base.figures.get(target.metric)
     search = _Search(question, target, effort, store, impossible=base.impossible(target))
-    if figure is not None and target.met(figure.value):
-        remedies: tuple[Remedy, ...] = ()
-    else:
+    met = figure is not None and target.met(figure.value)
+    remedies: tuple[Remedy, ...] = ()
+    if not met:
         steps = tuple(changes) if changes is not None else candidates(question, target)
         remedies = search.run(steps, most, wanted)
     bound = base.bounds.get(target.metric, 0.0)
@@ -196,6 +206,7 @@ def why_not(
         target=target,
         answer=base,
         reason=_reason(base, target),
+        core=None if met else _core(question, target),
         slack=None if figure is None else max(0.0, _excess(target, figure.value)),
         proven_slack=0.0 if target.least else max(0.0, bound - target.value),
         remedies=remedies,
@@ -217,6 +228,40 @@ def _reason(base: Answer, target: Target) -> str:
             f"{base.capacity_rps:.3g}; {base.verdict(target)}"
         )
     return base.verdict(target)
+
+
+def _core(question: Question, target: Target) -> str | None:
+    """Return the planner's proof that no plan keeps the time, None if it has none."""
+    from planner.solve.budget import Budget
+    from planner.solve.instance import Demand
+    from planner.solve.solver import solve_mix
+
+    within: dict[str, float] = {}
+    for one in question.streams:
+        key = one.workflow.content_hash
+        limit = one.deadline_s if target.least else target.value
+        if limit is not None and target.metric != "mean_s":
+            within[key] = min(limit, within.get(key, limit))
+    loads = question.loads_rps
+    demands = [
+        Demand(
+            workflow=one,
+            rate_rps=loads[one.content_hash],
+            deadline_s=within.get(one.content_hash),
+            hard=one.content_hash in within,
+        )
+        for one in question.workflows
+        if one.content_hash in loads
+    ]
+    try:
+        solve_mix(
+            demands, question.fleet, question.estimates, budget=Budget.reproducible(_PLAN_EFFORT)
+        )
+    except Infeasible as error:
+        return str(error)
+    except NoSolutionFound:
+        return None
+    return None
 
 
 class _Search:

@@ -122,6 +122,8 @@ def test_remedies_are_smallest_and_meet_the_target() -> None:
     sets = [str(one.scenario) for one in found.remedies]
     assert sets == ["load 0.4", "+1xa"]
     assert "carries at most" in found.reason
+    assert found.core is not None
+    assert "the load asks for 2.2 runs/s" in found.core
     assert found.slack is not None
     assert found.slack > 0
     for one in found.remedies:
@@ -143,6 +145,8 @@ def test_what_no_policy_can_reach_needs_other_hardware() -> None:
     assert slow.proven_out == slow.looked_at == 2
     assert slow.proven_slack == pytest.approx(1.199 - 0.5, rel=0.02)
     assert "no policy can reach" in slow.reason
+    assert slow.core is not None
+    assert "critical path" in slow.core
     cheapest = cheapest_fleet(both, target, most=2, effort=EFFORT, store=Store())
     assert cheapest.answer is not None
     assert cheapest.answer.label == "1xfast"
