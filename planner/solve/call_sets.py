@@ -22,6 +22,7 @@ Held, Wolfe, Crowder, Validation of subgradient optimization, Mathematical Progr
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -81,31 +82,33 @@ def set_bound(
     """
     calls, endpoints = alone.shape
     sets = _sets(calls, endpoints)
-    costs = [alone[one].sum(axis=1) for one in sets]
+    # Endpoints first: a row is then what one endpoint chooses from.
+    by_endpoint = np.ascontiguousarray(alone.T)
+    of_pair = np.ascontiguousarray(pair.transpose(2, 0, 1))
+    costs = [by_endpoint[:, one.T].sum(axis=1) for one in sets]
     pairs = [
         sum(
-            (pair[one[:, x], one[:, y]] for x, y in itertools.combinations(range(one.shape[1]), 2)),
-            start=np.zeros((len(one), endpoints)),
+            (of_pair[:, one[:, x], one[:, y]] for x, y in itertools.combinations(range(size), 2)),
+            start=np.zeros((endpoints, len(one))),
         )
-        for one in sets
+        for size, one in enumerate(sets, start=1)
     ]
+    totals = [cost + shared for cost, shared in zip(costs, pairs, strict=True)]
     use, both = np.zeros_like(alone), np.zeros_like(pair)
     best, best_prices = -math.inf, prices
     length, stale = 1.0, 0
     for step in range(steps):
         value = np.zeros(endpoints)
         chosen: list[tuple[Ints, float]] = [(np.zeros(0, dtype=np.int64), 0.0)] * endpoints
-        for members, cost, shared in zip(sets, costs, pairs, strict=True):
-            least = cost + shared - prices[members].sum(axis=1)[:, None]
-            rows = least.argmin(axis=0)
-            for i, row in enumerate(rows.tolist()):
-                if least[row, i] < value[i]:
-                    value[i], chosen[i] = least[row, i], (members[row], float(members.shape[1]))
-        largest = sets[-1].shape[1]
-        if largest < calls:
-            base = costs[-1] - prices[sets[-1]].sum(axis=1)[:, None]
+        for members, total in zip(sets, totals, strict=True):
+            paid = prices[members.T].sum(axis=0)
+            least = total - paid
+            for i, row in enumerate(least.argmin(axis=1).tolist()):
+                if least[i, row] < value[i]:
+                    value[i], chosen[i] = least[i, row], (members[row], float(members.shape[1]))
+        if 1 < len(sets) < calls:
             for i in range(endpoints):
-                found = _larger(base[:, i], pairs[-1][:, i], largest, calls)
+                found = _larger(costs[-1][i] - paid, pairs[-1][i], len(sets), calls)
                 if found is not None and found[0] < value[i]:
                     value[i], chosen[i] = found[0], (sets[-1][found[1]], found[2])
         bound = float(prices.sum() + value.sum())
@@ -141,14 +144,18 @@ def set_bound(
     )
 
 
-def _sets(calls: int, endpoints: int) -> list[Ints]:
-    """Return all sets of one call, two, and so on, an array (n, size) for each size."""
+@functools.lru_cache(maxsize=8)
+def _sets(calls: int, endpoints: int) -> tuple[Ints, ...]:
+    """Return all sets of one call, two, and so on, an array (n, size) for each size.
+
+    Kept, since the turns of one window ask for the same ones; nobody writes to them.
+    """
     out: list[Ints] = []
     for size in range(1, min(calls, _LARGEST) + 1):
         if size > 2 and math.comb(calls, size) * endpoints > _MOST_SETS:
             break
         out.append(np.array(list(itertools.combinations(range(calls), size)), dtype=np.int64))
-    return out
+    return tuple(out)
 
 
 def _larger(base: Floats, shared: Floats, size: int, most: int) -> tuple[float, int, float] | None:
@@ -157,13 +164,10 @@ def _larger(base: Floats, shared: Floats, size: int, most: int) -> tuple[float, 
     ``base`` and ``shared`` are costs less prices and pair costs of all sets of ``size`` calls.
     None if no such set costs less than nothing.
     """
-    rows = np.flatnonzero(np.isfinite(base) & ((base < 0) | (shared < 0)))
+    rows = np.flatnonzero((base < 0) | ((shared < 0) & (base < np.inf)))
     if not len(rows):
         return None
     one = base[rows] / size
-    if size == 1:
-        # Without pairs the bound of larger sets would be blind; `_sets` has pairs if there are two.
-        return None
     two = shared[rows] / (size * (size - 1))
     peak = np.where(two > 0, 0.5 - one / (2 * np.where(two > 0, two, 1.0)), most)
     low = np.floor(np.clip(peak, size + 1, most))
