@@ -1,9 +1,10 @@
 """One run taken apart: its steps, which of them it waited for, and where the seconds went.
 
 The critical path is read from the trace alone: the last step to finish is on it, and before each
-step on it comes the one that finished last before that step became ready. Where an unrelated step
-ended in between it is taken for the predecessor; what a node does itself (an application's own
-code) is the time between two steps, and is shown as such.
+step on it comes the one that finished last before that step became ready. With the graph, nodes of
+the same layer do not come before each other (they started together, though one may have reached
+the gateway late). Where an unrelated step of another layer ended in between, it is taken for the
+predecessor. What an application does itself is the time between two steps, and is shown as such.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.ids import NodeId
 from planner.domain.trace import BranchRecord, CallRecord, RunRecord, ToolRecord, TraceRecord
 from planner.domain.workflow import END, START, Workflow
+from planner.report.layout import lay_out
 
 __all__ = [
     "PARTS",
@@ -138,8 +140,15 @@ class RunAnatomy:
         return f"run {self.run_id}: {len(self.steps)} steps, {self.latency_s:.2f} s{forecast}"
 
 
-def run_anatomy(records: Sequence[TraceRecord], run_id: str | None = None) -> RunAnatomy:
+def run_anatomy(
+    records: Sequence[TraceRecord],
+    run_id: str | None = None,
+    *,
+    workflow: Workflow | None = None,
+) -> RunAnatomy:
     """Return the anatomy of a run of a trace, of the slowest that ended well unless it is named.
+
+    ``workflow`` is the graph of the run, if it is known.
 
     Raises
     ------
@@ -151,10 +160,16 @@ def run_anatomy(records: Sequence[TraceRecord], run_id: str | None = None) -> Ru
         if not ended:
             raise InvalidInput("no run ended well", where="trace", remedy="give a trace with runs")
         run_id = max(ended, key=lambda one: (one.finish_s - one.arrival_s, one.run_id)).run_id
-    return _anatomy([one for one in records if one.run_id == run_id], run_id)
+    return _anatomy([one for one in records if one.run_id == run_id], run_id, _layers(workflow))
 
 
-def _anatomy(mine: Sequence[TraceRecord], run_id: str) -> RunAnatomy:
+def _layers(workflow: Workflow | None) -> dict[str, float]:
+    if workflow is None:
+        return {}
+    return {node: place[0] for node, place in lay_out(workflow).positions.items()}
+
+
+def _anatomy(mine: Sequence[TraceRecord], run_id: str, layers: Mapping[str, float]) -> RunAnatomy:
     runs = [one for one in mine if isinstance(one, RunRecord)]
     starts = [one.arrival_s for one in runs]
     starts = starts or [one.ready_s for one in mine if isinstance(one, CallRecord)]
@@ -163,7 +178,7 @@ def _anatomy(mine: Sequence[TraceRecord], run_id: str) -> RunAnatomy:
     origin = min(starts)
     steps = [one for record in mine if (one := _step(record, origin)) is not None]
     steps.sort(key=lambda one: (one.ready_s, one.finish_s, one.name))
-    chain = _chain(steps)
+    chain = _chain(steps, layers)
     return RunAnatomy(
         run_id=run_id,
         latency_s=(
@@ -218,8 +233,13 @@ def _when(one: Step) -> tuple[float, float]:
     return one.finish_s, one.begin_s
 
 
-def _chain(steps: Sequence[Step]) -> set[int]:
+def _chain(steps: Sequence[Step], layers: Mapping[str, float]) -> set[int]:
     """Return the places of the steps on the critical path."""
+
+    def apart(one: Step, other: Step) -> bool:
+        layer = layers.get(one.node)
+        return one.node == other.node or layer is None or layer != layers.get(other.node)
+
     chain: set[int] = set()
     before = range(len(steps))
     candidates = list(before)
@@ -227,7 +247,13 @@ def _chain(steps: Sequence[Step]) -> set[int]:
         last = max(candidates, key=lambda number: _when(steps[number]))
         chain.add(last)
         begin_s = steps[last].begin_s + _CLOCK_S
-        candidates = [n for n in before if n not in chain and steps[n].finish_s <= begin_s]
+        candidates = [
+            number
+            for number in before
+            if number not in chain
+            and steps[number].finish_s <= begin_s
+            and apart(steps[number], steps[last])
+        ]
     return chain
 
 
@@ -242,15 +268,20 @@ def _by_run(records: Iterable[TraceRecord]) -> dict[str, list[TraceRecord]]:
     return {run_id: grouped[run_id] for run_id in well}
 
 
-def mean_parts(records: Iterable[TraceRecord]) -> dict[str, float]:
+def mean_parts(
+    records: Iterable[TraceRecord], *, workflow: Workflow | None = None
+) -> dict[str, float]:
     """Return where the seconds of the mean run went, by `PARTS`, over runs that ended well.
+
+    ``workflow`` is the graph of all runs, if they have the same and it is known.
 
     Raises
     ------
     InvalidInput
         If there is no such run.
     """
-    spent = [_anatomy(mine, run_id).parts_s for run_id, mine in _by_run(records).items()]
+    layers = _layers(workflow)
+    spent = [_anatomy(mine, run_id, layers).parts_s for run_id, mine in _by_run(records).items()]
     if not spent:
         raise InvalidInput("no run ended well", where="trace", remedy="give a trace with runs")
     return {part: sum(one[part] for one in spent) / len(spent) for part in PARTS}
@@ -295,12 +326,12 @@ def graph_weights(workflow: Workflow, records: Iterable[TraceRecord]) -> GraphWe
     critical: Counter[NodeId] = Counter()
     followed: Counter[tuple[NodeId, NodeId]] = Counter()
     taken: Counter[tuple[str, str]] = Counter()
-    count = 0
+    count, layers = 0, _layers(workflow)
     for run_id, mine in _by_run(records).items():
         if mine[0].workflow_hash != workflow.content_hash:
             continue
         count += 1
-        whole = _anatomy(mine, run_id)
+        whole = _anatomy(mine, run_id, layers)
         inner = [_node_at(workflow, one.node) for one in whole.critical_path]
         reached.update({_node_at(workflow, one.node) for one in whole.steps})
         critical.update(set(inner))

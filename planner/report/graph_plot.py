@@ -111,8 +111,9 @@ def workflow_graph(workflow: Workflow, weights: GraphWeights | None = None) -> F
             waits = _draw_waits(axes, workflow, weights, spots)
             handles += [Line2D([], [], color=PALETTE[3], linestyle=DASHES[2], linewidth=1.5,
                                label="waited for without an edge")] * waits  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles),
-                      frameon=False)  # fmt: skip
+        fitting = int(figure.get_figwidth() / 1.6)
+        figure.legend(handles=handles, loc="outside lower center",
+                      ncols=min(len(handles), fitting), frameon=False)  # fmt: skip
     return figure
 
 
@@ -258,7 +259,8 @@ def _draw_back_edge(
             color=PALETTE[1], shrinkA=0, shrinkB=0, zorder=2,
         )
     )  # fmt: skip
-    _edge_label(axes, (x0 + x1) / 2, low, f"again\n{label}" if label else "again")
+    said = label if label and "again" in label else f"again\n{label}" if label else "again"
+    _edge_label(axes, (x0 + x1) / 2, low, said)
 
 
 def _draw_node(

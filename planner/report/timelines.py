@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from planner.domain.errors import InvalidInput
 from planner.domain.trace import CallRecord, TraceRecord
+from planner.domain.workflow import Workflow
 from planner.report.anatomy import RunAnatomy, Step, run_anatomy
 from planner.report.drawing import DASHES, FAINT, GREY, PALETTE, STYLE, new_figure, tint
 
@@ -24,20 +25,26 @@ Span = tuple[float, float, str]
 """When an endpoint had a call, s, and of which run."""
 
 
-def run_gantt(panels: Sequence[tuple[str, Sequence[TraceRecord]]], run_id: str) -> Figure:
+def run_gantt(
+    panels: Sequence[tuple[str, Sequence[TraceRecord]]],
+    run_id: str,
+    *,
+    workflow: Workflow | None = None,
+) -> Figure:
     """Draw one run as it went under several policies, stacked on one time axis.
 
     Each call and tool has a row, by the time it became ready. White is waiting in the router, the
     dotted tint runs from dispatch to the first token (engine queue and prefill), full colour is
     decoding; the colour, and the word beside the bar, name the endpoint. Tools are white and
-    hatched. The line through the bars is the critical path, whose names are bold.
+    hatched. The line through the bars is the critical path, whose names are bold; knowing
+    ``workflow`` makes it more certain.
 
     Raises
     ------
     InvalidInput
         If a panel does not hold the run.
     """
-    runs = [(label, run_anatomy(records, run_id)) for label, records in panels]
+    runs = [(label, run_anatomy(records, run_id, workflow=workflow)) for label, records in panels]
     endpoints = sorted({one.endpoint for _, run in runs for one in run.steps if one.endpoint})
     colours = {name: PALETTE[k % len(PALETTE)] for k, name in enumerate(endpoints)}
     span_s = max(run.latency_s for _, run in runs)
