@@ -112,11 +112,13 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in taken]
 
 
-def write_fleet(folder: Path, ports: Iterable[int], *, slots: int = 64) -> Path:
+def write_fleet(
+    folder: Path, ports: Iterable[int], *, slots: int = 64, kv_blocks: int = 200_000
+) -> Path:
     """Write a fleet of equal H100s on loopback and return its file."""
     rows = "".join(
         f'  - {{id: e{index}, url: "http://127.0.0.1:{port}", model: m, gpu: H100, '
-        f"latency: 8b-h100-1-bf16, kv_blocks: 200000, slots: {slots}}}\n"
+        f"latency: 8b-h100-1-bf16, kv_blocks: {kv_blocks}, slots: {slots}}}\n"
         for index, port in enumerate(ports)
     )
     path = folder / "fleet.yaml"
