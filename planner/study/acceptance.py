@@ -21,18 +21,19 @@ from planner.study.settings import Setting
 __all__ = ["CLAIMS"]
 
 _INF = math.inf
-POOLS = Setting(fleet="hetero1", mix="tree", load=0.95)
-"""Tree search on mixed pools near capacity, where older runs first ends with a Req95 of 3 to 9."""
-ALIKE = Setting(fleet="homogeneous", mix="tree", load=0.95)
+POOLS = Setting(fleet="hetero1", mix="rag", arrivals="burst")
+"""A burst that drains, as in HexAGenT: at 400 runs, older runs first end with a Req95 of 3 to 9."""
+ALIKE = replace(POOLS, fleet="homogeneous")
 ENGINE = Setting(fleet="h00", kv="scarce", mix="tool_heavy", load=0.85)
 """Endpoints alike, little KV, long tools: where a KV manager has something to decide."""
 CALM = replace(ENGINE, load=0.3)
 AMPLE = replace(ENGINE, kv="ample")
-TENANTS = Setting(fleet="h00", mix="multi_tenant", load=0.95)
+TENANTS = Setting(fleet="h00", mix="multi_tenant", arrivals="burst")
+"""Its runs wait for people and tools most of the time: only a burst makes tenants compete."""
 MIXED = Setting(fleet="h00", kv="scarce", mix="multi_tenant", load=0.85)
 STAGED = Setting(fleet="h00", mix="staged", load=0.95)
 SHUFFLED = replace(STAGED, mix="staged_shuffled")
-BURST = Setting(fleet="hetero2", mix="tree", arrivals="burst")
+BURST = replace(POOLS, fleet="hetero2")
 SATURATED = Setting(fleet="h00", mix="tool_heavy", arrivals="burst")
 
 _FCFS_DROP = "fcfs_drop=astraea-drop:queues=1,response_ratio=0,adaptive_kv=0"
