@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -12,7 +15,9 @@ from matplotlib.text import Text
 
 from planner.domain.errors import InvalidInput
 from planner.domain.ids import NodeId
+from planner.domain.trace import CallRecord
 from planner.domain.workflow import END, START, Node, Workflow
+from planner.metrics import PairedDifference
 from planner.report import plots
 from planner.report.comparison import compare
 from tests.planner.graph.research import branch, edge, llm, research_workflow
@@ -24,6 +29,22 @@ def words(figure: Figure) -> str:
     return "\n".join(one.get_text() for one in figure.findobj(Text) if one.get_text())
 
 
+def points(*values_s: float) -> list[plots.LoadPoint]:
+    """Return a point per value, at loads 0.5, 1, 1.5, ..."""
+    return [
+        plots.LoadPoint(load=0.5 + 0.5 * place, value_s=value, low_s=0.9 * value)
+        for place, value in enumerate(values_s)
+    ]
+
+
+LOADS = {"a": points(1.0, 2.0), "b": points(2.0, 30.0), "empty": []}
+EFFECTS = {
+    "less": PairedDifference(-0.1, -0.12, -0.08),
+    "tie": PairedDifference(0.01, -0.02, 0.04),
+    "alone": PairedDifference(0.5, -math.inf, math.inf),
+}
+
+
 def figures() -> Iterator[tuple[str, Figure]]:
     """Yield one figure of each kind that has axes."""
     series = plots.forecasts_of(records("almanac", 0), "almanac")
@@ -32,6 +53,13 @@ def figures() -> Iterator[tuple[str, Figure]]:
     yield "forecasts", plots.predicted_vs_actual({"runs": [series[0]], "calls": [series[1]]})
     yield "gantt", plots.run_gantt([("almanac", records("almanac", 0))], "s0-r1")
     yield "table", plots.table_heatmaps(table())
+    trace = records("almanac", 0)
+    yield "fleet", plots.fleet_gantt(trace, ["h100", "a100", "idle"], run_id="s0-r1")
+    yield "busy", plots.fleet_occupancy(trace, {"h100": 1, "a100": 2})
+    yield "parts", plots.time_parts({"almanac": plots.mean_parts(trace)})
+    yield "search", plots.search_progress([(0.1, 5.0, 3.0), (0.4, 4.0, 3.5)])
+    yield "load", plots.load_latency(LOADS, bound=LOADS["a"])
+    yield "effects", plots.effects(EFFECTS, against="b")
 
 
 @pytest.mark.parametrize(("name", "figure"), list(figures()), ids=lambda one: str(one)[:9])
@@ -43,7 +71,20 @@ def test_every_axis_is_labelled(name: str, figure: Figure) -> None:
     if name == "table":
         assert {"endpoint", "call site"} <= {axes[0].get_xlabel(), axes[0].get_ylabel()}
     else:
-        assert labels[0].endswith("(s)")
+        ends = {"load": "capacity)", "effects": "(%)"}
+        assert labels[0].endswith(ends.get(name, "(s)"))
+
+
+@pytest.mark.parametrize(("name", "figure"), list(figures()), ids=lambda one: str(one)[:9])
+def test_nothing_hides_what_a_legend_says(name: str, figure: Figure) -> None:
+    """A legend beside the axes lies inside the figure, and on none of its axes."""
+    figure.canvas.draw()
+    frame = figure.bbox
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert frame.x0 - 1 <= box.x0, name
+        assert box.x1 <= frame.x1 + 1, name
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes), name
 
 
 def test_pictures_are_reproducible() -> None:
@@ -172,3 +213,79 @@ def test_heat_map_states_share_and_cost() -> None:
         assert word in shown
     with pytest.raises(InvalidInput, match="no row of workflow"):
         plots.table_heatmaps(table(), "other")
+
+
+def test_graph_states_shares_and_critical_path() -> None:
+    """Boxes state who reached and who waited; waits that no edge explains are drawn, too."""
+    trace = records("almanac", 0)
+    picture = plots.workflow_graph(WORKFLOW, plots.graph_weights(WORKFLOW, trace))
+    shown = words(picture)
+    for word in ("triage\n100% / 100%", "market\n0% / 0%", "5 runs", "waited for without an edge"):
+        assert word in shown
+
+
+def test_gantt_marks_the_critical_path() -> None:
+    """Names on the critical path are bold, those beside it are not."""
+    trace = records("almanac", 0)
+    calls = [one for one in trace if isinstance(one, CallRecord) and one.run_id == "s0-r1"]
+    aside = replace(calls[0], node="aside", finish_s=calls[0].sent_s + 0.5)
+    figure = plots.run_gantt([("almanac", [*trace, aside])], "s0-r1")
+    figure.canvas.draw()
+    weight = {one.get_text(): one.get_fontweight() for one in figure.axes[0].get_yticklabels()}
+    assert weight["aside"] == "normal"
+    assert {weight[name] for name in ("triage", "search", "draft")} == {"bold"}
+
+
+def test_calls_side_by_side_have_rows_of_their_own() -> None:
+    """Two calls at once on an endpoint take two rows; one after the other takes the same."""
+    trace = records("almanac", 0)
+    figure = plots.fleet_gantt(trace, ["h100"], run_id="s0-r0", margin_s=100.0)
+    bars = [one for one in figure.axes[0].patches if one.get_width() > 0]
+    spans = sorted((one.get_y(), one.get_x(), one.get_x() + one.get_width()) for one in bars)
+    for (row, _, end), (other, start, _) in itertools.pairwise(spans):
+        assert row != other or start >= end - 1e-9
+    with pytest.raises(InvalidInput, match="no call of run 'x'"):
+        plots.fleet_gantt(trace, ["h100"], run_id="x")
+
+
+def test_occupancy_states_the_share_of_busy_slots() -> None:
+    """One call of a second on one slot of two, over two seconds, is a quarter."""
+    base = next(one for one in records("almanac", 0) if isinstance(one, CallRecord))
+    trace = [
+        replace(base, endpoint="h100", sent_s=0.0, finish_s=1.0),
+        replace(base, endpoint="a100", sent_s=0.0, finish_s=2.0),
+    ]
+    shown = words(plots.fleet_occupancy(trace, {"h100": 2, "a100": 1}))
+    assert "25% of\n2 slots busy" in shown
+    assert "100% of\n1 slots busy" in shown
+    with pytest.raises(InvalidInput, match="no call finished"):
+        plots.fleet_occupancy([], {"h100": 1})
+
+
+def test_prefill_pairs_keep_both_endpoints_busy() -> None:
+    """A split call is on its prefill endpoint to the first token, then where it decodes."""
+    base = next(one for one in records("almanac", 0) if isinstance(one, CallRecord))
+    split = replace(
+        base, endpoint="d", prefill_endpoint="p", sent_s=0.0, first_token_s=1.0, finish_s=4.0
+    )
+    shown = words(plots.fleet_occupancy([split], {"p": 1, "d": 1}))
+    assert "25% of" in shown
+    assert "75% of" in shown
+
+
+def test_a_bound_once_proven_stays() -> None:
+    """A search that begins a new stage with a weaker bound does not take the first one back."""
+    shown = words(plots.search_progress([(0.0, 10.0, 9.0), (1.0, 10.0, 5.0)]))
+    assert "10.00 s, at least 9.00 s: gap 10.0%" in shown
+
+
+def test_effects_and_parts_state_their_figures() -> None:
+    """Intervals, single seeds and totals stand beside the marks; nothing to draw is an error."""
+    shown = words(plots.effects(EFFECTS, against="b"))
+    for word in ("-10.0% [-12.0%, -8.0%]", "+50.0% (one seed)"):
+        assert word in shown
+    assert "3.00 s" in words(plots.time_parts({"x": {"decode": 2.0, "tool": 1.0}}))
+    for draw in (lambda: plots.effects({}, against="b"), lambda: plots.time_parts({}),
+                 lambda: plots.load_latency({}), lambda: plots.search_progress([])):  # fmt: skip
+        with pytest.raises(InvalidInput):
+            draw()
