@@ -119,9 +119,16 @@ def explain_plan(plan: Plan, site: str | None = None) -> dict[str, Any]:
         "kind": "plan",
         "facts": {
             "status": plan.status,
+            "objective": plan.objective.name,
             "objective_s": plan.objective_s,
             "bound_s": plan.bound_s,
             "gap": plan.gap,
+            **{f"value of {name}": value for name, value in plan.values.items()},
+            **{f"bound of {name}": value for name, value in plan.bounds.items()},
+            "weight": plan.weight,
+            "deadline_s": plan.deadline_s,
+            "hard_deadline": plan.hard_deadline,
+            **plan.notes,
             "arrival_rate_rps": plan.arrival_rate_rps,
             "run_classes": plan.run_classes,
             "scenarios": plan.scenarios,
@@ -134,11 +141,38 @@ def explain_plan(plan: Plan, site: str | None = None) -> dict[str, Any]:
                 "endpoint": endpoint,
                 "share": share,
                 "calls_side_by_side": plan.levels.get(endpoint),
+                **_kept_at(plan, name, endpoint),
             }
             for name, row in sorted(shares.items())
             if site in (None, name)
             for endpoint, share in sorted(row.items(), key=lambda one: (-one[1], one[0]))
         ],
+        "sessions": [
+            {
+                "site": one.site,
+                "kept_share": one.share,
+                "return_share": one.return_probability,
+                "gap_s": one.gap_s,
+                "saved_s": one.saved_s,
+                "worth_per_mtoken_s": 1e6 * one.value,
+                "price_per_mtoken_s": 1e6 * one.price,
+            }
+            for one in plan.retention
+            if site in (None, one.site)
+        ],
+    }
+
+
+def _kept_at(plan: Plan, site: str, endpoint: str) -> dict[str, float]:
+    """Return the shares of a site's traffic at an endpoint whose prefix and sessions are kept."""
+    own = [
+        one
+        for one in plan.assignments
+        if one.site == site and (one.prefill or one.endpoint) == endpoint
+    ]
+    return {
+        "prefix_share": sum(one.warm for one in own) / len(own),
+        "session_share": sum(one.keep for one in own) / len(own),
     }
 
 
@@ -169,6 +203,7 @@ def _table_rows(row: Row) -> list[dict[str, Any]]:
             "share": one.share,
             "price": one.price,
             "priority": row.priority,
+            "retain_kv": row.retain_kv,
             "reason": row.reason,
         }
         for rank, one in enumerate(row.ranked, start=1)
@@ -272,7 +307,9 @@ def _text(facts: dict[str, Any]) -> str:
             upper = "" if first["load_to"] is None else f" to {first['load_to']:.3g}"
             heading = (
                 f"{first['site']}, load from {first['load_from']:.3g}{upper} calls per slot "
-                f"(bucket {first['bucket']}, priority {first['priority']}): {first['reason']}"
+                f"(bucket {first['bucket']}, priority {first['priority']}"
+                f"{', KV kept for the next visit' if first['retain_kv'] else ''}): "
+                f"{first['reason']}"
             )
             lines += [
                 "",
@@ -284,6 +321,8 @@ def _text(facts: dict[str, Any]) -> str:
         lines += ["", "outcome", _grid(rows, _OUTCOME)]
     elif rows:
         lines += ["", _grid(rows, tuple(rows[0]))]
+    if sessions := facts.get("sessions"):
+        lines += ["", "KV of sessions until the next visit", _grid(sessions, tuple(sessions[0]))]
     lines += [f"table on {site}: {reason}" for site, reason in facts.get("why", {}).items()]
     return "\n".join(lines)
 
@@ -308,6 +347,6 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    if name in ("share", "gap"):
+    if name == "gap" or name.endswith("share"):
         return f"{value:.1%}"
     return f"{value:.3f}" if name.endswith("_s") else f"{value:.4g}"

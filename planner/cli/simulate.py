@@ -20,6 +20,7 @@ from planner.cli.compare import (
     tune_setups,
 )
 from planner.cli.replan_options import add_step_arguments, step_from
+from planner.cli.workload_bound import shared_bound
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.table import DispatchTable, load_table, save_table
 from planner.domain.errors import InvalidInput
@@ -157,6 +158,10 @@ def register(subparsers: Any) -> None:
     add_comparison_arguments(parser)
     parser.add_argument("--out", type=Path, help="folder for results.json, table and workflow")
     parser.add_argument("--keep-traces", action="store_true", help="also write every trace there")
+    parser.add_argument(
+        "--bound", action="store_true",
+        help="also print what no policy can be below on these runs, clairvoyant ones included",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(run=run)
 
@@ -211,9 +216,11 @@ def run(args: argparse.Namespace) -> int:
         setups = tune_setups(setups, tuning, world, jobs=args.jobs)
     if args.keep_traces:
         (args.out / "traces").mkdir(parents=True, exist_ok=True)
+    workloads = {seed: workload(seed) for seed in range(args.seeds)}
+    bound = shared_bound(workloads, fleet) if args.bound else None
     results = simulate_setups(
         setups,
-        {seed: workload(seed) for seed in range(args.seeds)},
+        workloads,
         replace(world, replan=_replan(args, work, fleet)),
         title=f"{work.source} on fleet {fleet.name}, {args.arrivals} arrivals",
         settings={
@@ -232,6 +239,7 @@ def run(args: argparse.Namespace) -> int:
             "dispatch_ms_charged": args.dispatch_ms,
             "tuned": not args.no_tune,
             **({} if args.replan is None else {"replan_s": args.replan}),
+            **({} if bound is None else {"bound_mean_s": bound.mean_s, "bound_p95_s": bound.p95_s}),
         },
         jobs=args.jobs,
         folder=args.out if args.keep_traces else None,
@@ -244,6 +252,8 @@ def run(args: argparse.Namespace) -> int:
             if setup.table is not None:
                 save_table(setup.table, args.out / "table.json")
     print(json.dumps(results.to_json()) if args.json else results_table(results))
+    if bound is not None and not args.json:
+        print(bound.text(noise=args.noise_cv > 0))
     return 0
 
 
@@ -273,6 +283,12 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.keep_traces and not args.out:
         raise InvalidInput("--keep-traces needs --out", where="simulate", remedy="give a folder")
+    if args.bound and (args.arrivals == "closed" or args.patience_s is not None):
+        raise InvalidInput(
+            "a closed loop, or clients who give up, arrive or leave as the policy makes them",
+            where="--bound",
+            remedy="leave it out, or use other arrivals without --patience-s",
+        )
     plans = bool(args.agents) and "almanac" in args.policies
     if args.rate is None and (args.arrivals not in _NO_RATE or plans):
         what = "almanac's plan needs" if plans else f"{args.arrivals} arrivals need"

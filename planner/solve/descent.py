@@ -4,7 +4,7 @@ With fixed levels a move changes one class only. Let B be the longest way throug
 scenario and A the longest way past it: the latency is max(A, B), and with the chain longer by d
 it is max(A, B + d). If B is not the latency, A is. If it is, A is at least the longest way
 through another chain that ends where this one does, and exactly that in workflows made of layers.
-So one table of parts by options estimates all moves at once, and the best estimates are then
+So one table of sites by endpoints estimates all moves at once, and the best estimates are then
 computed exactly.
 """
 
@@ -64,13 +64,22 @@ class Descent:
         self._load = instance.class_load[:, endpoints, levels]
         self._room = instance.room[endpoints, levels]
         self._ticks = timing.ticks[:, endpoints, levels]
-        self._scenario = timing.scenario[timing.chain]
-        self._weight = timing.weight[self._scenario, np.newaxis]
-        counts = np.bincount(timing.site, minlength=len(instance.sites))
-        self._order = np.argsort(timing.site, kind="stable")
-        self._parts = np.split(self._order, counts.cumsum()[:-1])
-        self._seen = np.flatnonzero(counts)
-        self._first = (counts.cumsum() - counts)[self._seen]
+        sites = len(instance.sites)
+        self._parts = [np.flatnonzero(timing.site == k) for k in range(sites)]
+        # Parts of one site in chains that end together stand for one way: the longest.
+        ending = np.arange(timing.base.size) + len(timing.joins)
+        for j, chains in enumerate(timing.joins):
+            ending[list(chains)] = j
+        together = ending[timing.chain]
+        self._order = np.lexsort((together, timing.site))
+        keys = np.stack((timing.site[self._order], together[self._order]))
+        new = np.append(True, (keys[:, 1:] != keys[:, :-1]).any(axis=0))
+        self._first = np.flatnonzero(new)
+        own_site = keys[0, self._first]
+        self._scenario = timing.scenario[timing.chain[self._order[self._first]]]
+        self._seen, self._site_first = np.unique(own_site, return_index=True)
+        # The other chains that end there; one past the last chain where there are none.
+        self._past, self._past_first = _others(timing, keys, self._order, self._first)
 
     def improve(self, placements: Ints) -> int:
         """Improve placements (R, K) in place until no move or exchange does, or effort is spent.
@@ -91,7 +100,7 @@ class Descent:
         changed = set(range(len(placements)))
         while changed and self.spent < self._effort:
             for r in changed:
-                state.gains[r] = self._gains(placements[r], state.sums[r])
+                state.gains[r] = self.gains(placements[r], state.sums[r])
             changed = self._move(state) or self._exchange(state)
         return int(state.totals.sum())
 
@@ -119,20 +128,30 @@ class Descent:
         np.subtract.at(free, flat, self._load[site, flat])
         return free
 
-    def _gains(self, row: Ints, sums: Ints) -> Ints:
-        """Return by how much each move of one class would shorten its total; shape (K, I)."""
+    def gains(self, row: Ints, sums: Ints) -> Ints:
+        """Return by how much each move of one class would shorten its total; shape (K, I).
+
+        Parameters
+        ----------
+        row
+            Endpoint of each site; shape (K,).
+        sums
+            Its chain sums; shape (C,).
+        """
         timing = self._timing
         self.spent += self._ticks.size
         through = timing.through(sums[np.newaxis])[0]
-        latency = timing.latencies(sums[np.newaxis])[0][timing.scenario]
-        past = np.where(through < latency, latency, timing.rivals(through))
+        latency = timing.latencies(sums[np.newaxis])[0][self._scenario]
         own = self._ticks[np.arange(timing.site.size), row[timing.site]]
-        chain = timing.chain
-        rest = (through[chain] - own)[:, np.newaxis]
-        after = np.maximum(past[chain][:, np.newaxis], rest + self._ticks)
-        gain = (latency[chain][:, np.newaxis] - after) * self._weight
+        rest = (through[timing.chain] - own)[self._order]
+        ways = np.maximum.reduceat(rest[:, np.newaxis] + self._ticks[self._order], self._first)
+        longest = np.maximum.reduceat(through[timing.chain][self._order], self._first)
+        past = np.maximum.reduceat(np.append(through, 0)[self._past], self._past_first)
+        past = np.where(longest < latency, latency, past)
+        after = np.maximum(past[:, np.newaxis], ways)
+        gain = (latency[:, np.newaxis] - after) * timing.weight[self._scenario][:, np.newaxis]
         out = np.zeros((row.size, self._room.size), dtype=np.int64)
-        out[self._seen] = np.add.reduceat(gain[self._order], self._first, axis=0)
+        out[self._seen] = np.add.reduceat(gain, self._site_first)
         return out
 
     def _move(self, state: _State) -> set[int]:
@@ -196,3 +215,19 @@ class Descent:
                 state.sums, state.totals = sums[best], totals[best]
                 return {r for r, _, _ in chosen[best]}
         return set()
+
+
+def _others(timing: Timing, keys: Ints, order: Ints, first: Ints) -> tuple[Ints, Ints]:
+    """Return for each way the chains that end where it does without its site, and where they begin.
+
+    ``keys`` are site and join of the parts in ``order``; ways begin at ``first``.
+    """
+    flat: list[int] = []
+    begins: list[int] = []
+    for begin, end in zip(first, np.append(first[1:], order.size), strict=True):
+        begins.append(len(flat))
+        join = int(keys[1, begin])
+        mine = set(timing.chain[order[begin:end]].tolist())
+        rest = set(timing.joins[join]) - mine if join < len(timing.joins) else set()
+        flat += sorted(rest) or [timing.base.size]
+    return np.array(flat, dtype=np.int64), np.array(begins, dtype=np.int64)

@@ -12,6 +12,7 @@ from planner.domain.plan import Assignment, Plan, Retention
 from planner.domain.run import RunSpec
 from planner.solve.arrays import Floats
 from planner.solve.heuristics import Solution
+from planner.solve.memory import contended, held
 from planner.solve.objective import Goal
 from planner.solve.question import Instance
 from planner.solve.timing import Timing
@@ -130,6 +131,7 @@ def make_plans(
     hosts = {int(instance.option_endpoint[m]) for m in used}
     hosts |= {int(instance.option_prefill[m]) for m in used} - {-1}
     retention = _retention(instance, solution, proof.token_price)
+    notes = {**proof.notes, **_memory_notes(instance, solution, proof.token_price)}
     plans = []
     for source in instance.sources:
         names = dict(zip(source.sites, source.paths, strict=True))
@@ -155,7 +157,7 @@ def make_plans(
                 seed=seed,
                 wall_s=0.0 if reproducible else round(proof.wall_s, 3),
                 deterministic_time=round(proof.deterministic_time, 6),
-                notes=proof.notes,
+                notes=notes,
                 objective=objective,
                 values={
                     name: value((Term(kind=t.kind, alpha=t.alpha),)) for name, t in terms.items()
@@ -184,6 +186,19 @@ def _assignment(instance: Instance, solution: Solution, r: int, k: int, path: st
         warm=bool(solution.warm[r, k]),
         keep=bool(solution.keep[r, k]),
     )
+
+
+def _memory_notes(instance: Instance, solution: Solution, token_price: Floats) -> dict[str, float]:
+    """Return share of KV tokens held, and price of a million token seconds, where KV is scarce."""
+    tokens = held(instance, solution.placements, solution.levels, solution.warm, solution.keep)
+    notes = {}
+    for i in np.flatnonzero(contended(instance)).tolist():
+        name = instance.endpoints[i]
+        notes[f"kv_use {name}"] = float(tokens[i] / instance.memory.tokens[i])
+        notes[f"kv_price_per_mtoken_s {name}"] = (
+            1e6 * float(token_price[i]) * instance.arrival_rate_rps
+        )
+    return notes
 
 
 def _retention(instance: Instance, solution: Solution, token_price: Floats) -> dict[int, Retention]:

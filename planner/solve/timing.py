@@ -193,18 +193,6 @@ class Timing:
             tails[:, into.chains] = np.repeat(left, into.counts, axis=1)
         return self.join_starts(sums)[:, self.base] + sums + self.fixed + tails
 
-    def rivals(self, through: Ints) -> Ints:
-        """Return the largest of the other chains that end where each does, else 0; (C,) each."""
-        rivals = np.zeros_like(through)
-        for wave in self._into:
-            own = through[wave.chains]
-            first = np.repeat(wave.largest(own[np.newaxis])[0], wave.counts)
-            ties = np.add.reduceat(own == first, wave.first, dtype=np.int64)
-            second = wave.largest(np.where(own == first, 0, own)[np.newaxis])[0]
-            alone = (own == first) & (np.repeat(ties, wave.counts) == 1)
-            rivals[wave.chains] = np.where(alone, np.repeat(second, wave.counts), first)
-        return rivals
-
     def latencies(self, sums: Ints) -> Ints:
         """Return the latency of each scenario in ticks for chain sums (n, C); shape (n, S)."""
         starts = self.join_starts(sums)
@@ -252,10 +240,15 @@ def build_timing(instance: Instance) -> Timing:
     )
     builder = _Builder()
     finish: list[_Open] = []
+    met: dict[tuple[int, ...], _Open] = {}
     sinks: list[set[int]] = [set() for _ in range(instance.scenarios)]
     for t, site in enumerate(instance.task_site):
         preds = instance.task_preds[t]
-        start = builder.meet([finish[pred] for pred in preds])
+        # Tasks that wait for the same ones start together: one join serves them all.
+        key = tuple(sorted(preds))
+        start = met.get(key)
+        if start is None:
+            start = met[key] = builder.meet([finish[pred] for pred in preds])
         parts = start.parts
         if site >= 0:
             so_far = parts.get(site)

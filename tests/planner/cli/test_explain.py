@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from planner.cli.main import main
+from planner.domain.estimates import EstimateTable
+from planner.domain.objective import Objective
+from planner.domain.plan import save_plan
+from planner.solve.solver import Budget, Demand, solve_mix
 from tests.planner.report.samples import write_folder
+from tests.planner.solve.small import endpoint, fleet, session
 
 
 @pytest.fixture
@@ -33,6 +38,29 @@ def test_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("a100", 0.5),
         ("h100", 0.5),
     ]
+
+
+def test_plan_with_scarce_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Objective, values and bounds by term; KV use and price; what is kept of sessions and why."""
+    workflow, estimate = session()
+    table = EstimateTable(workflows={workflow.content_hash: estimate})
+    machines = fleet(endpoint("e", kv_blocks=45), endpoint("f", 9.0))
+    demand = Demand(workflow=workflow, rate_rps=0.13, deadline_s=30.0)
+    result = solve_mix(
+        [demand], machines, table, run_classes=2, scenarios=2,
+        budget=Budget.reproducible(1.0), objective=Objective.parse("miss>mean"),
+    )  # fmt: skip
+    save_plan(result.plan, tmp_path / "plan.json")
+    shown = explain(capsys, tmp_path / "plan.json")
+    for words in (
+        "objective: miss>mean", "value of mean: ", "bound of miss: ", "deadline_s: 30.000",
+        "kv_use e: ", "kv_price_per_mtoken_s e: ", "prefix_share", "KV of sessions until",
+    ):  # fmt: skip
+        assert words in shown
+    raw = json.loads(explain(capsys, tmp_path / "plan.json", "--json"))
+    (decision,) = raw["sessions"]
+    assert decision["site"] == "a#0"
+    assert decision["kept_share"] == result.plan.retention[0].share
 
 
 def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,19 @@ def test_results_and_inputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert simulate(kept, *words) == 0
 
 
+def test_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    """What no policy can be below is printed, kept with the settings, and holds."""
+    words = (*WORK, "--policies", "random,least_expected_finish", "--noise-cv", "0", "--bound")
+    assert simulate(DATA / "fleets/demo.yaml", *words) == 0
+    assert "no policy can be below: mean " in capsys.readouterr().out
+    assert simulate(DATA / "fleets/demo.yaml", *words, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    for policy in printed["policies"]:
+        (seed,) = policy["seeds"]
+        assert seed["metrics"]["mean_s"] >= printed["settings"]["bound_mean_s"] > 0
+        assert seed["metrics"]["p95_s"] >= printed["settings"]["bound_p95_s"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -58,6 +71,7 @@ def test_results_and_inputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("--estimates", "/none.json"), "/none.json: no such estimate table"),
         (("--truth", str(DATA / "demo/research.json")), "research.json: schema is"),
         (("--workflow", str(DATA / "demo")), "the workflow file is a folder"),
+        (("--bound", "--patience-s", "9"), "--bound: a closed loop, or clients who give up"),
     ],
 )
 def test_mistakes_are_named(

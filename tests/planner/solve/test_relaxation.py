@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from planner.cli.bench_questions import random_fleet, random_workflow
+from planner.domain.objective import Objective
 from planner.graph.sampling import scenarios
+from planner.solve import search
 from planner.solve.bounds import carried_rate_rps, critical_path_cost
+from planner.solve.budget import Budget
 from planner.solve.heuristics import greedy_solution
 from planner.solve.instance import Instance, build_instance
 from planner.solve.objective import Goal
@@ -64,3 +67,33 @@ def test_the_bound_holds_for_the_optimum() -> None:
     assert result.plan.status == "optimal"
     assert relaxed is not None
     assert relaxed.bound <= result.solution.cost
+
+
+@pytest.mark.parametrize("objective", ["mean", "mean+0.5*cvar:0.9"])
+def test_neighbourhoods_improve_plans_too_large_for_one_model(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few sites free at a time the plan gets better, stays above the bound and repeats."""
+    instance, timing = question(1, 0.8)
+    goal = Goal(instance, Objective.parse(objective))
+    start = greedy_solution(instance, timing, goal, effort=1.0)
+    monkeypatch.setattr(search, "_LARGE", 0)
+    monkeypatch.setattr(search, "_NEIGHBOURHOOD", 100)
+    monkeypatch.setattr(search, "first_plan", lambda *_: start)
+
+    def found() -> search.StageResult:
+        return search.run_stage(
+            instance, timing, search.Stage(goal=goal), seed=0,
+            budget=Budget.reproducible(0.02, relative_gap=0.02), carried_rps=1.0,
+            note=lambda *_: None,
+        )  # fmt: skip
+
+    one, two = found(), found()
+    assert start is not None
+    assert one.bound <= one.solution.cost < start.cost
+    assert np.array_equal(one.solution.placements, two.solution.placements)
+    exact = search.run_stage(
+        instance, timing, search.Stage(goal=goal, start=one.solution), seed=0,
+        budget=Budget.reproducible(0.02, relative_gap=0.02), carried_rps=1.0, note=lambda *_: None,
+    )  # fmt: skip
+    assert exact.bound <= one.solution.cost
