@@ -63,6 +63,9 @@ class Tuning:
     remaining_weight
         Seconds of age that a second of a run's expected remainder takes away in engine queues,
         >= 0; 0 serves the oldest run first, a large weight the one that is soonest over.
+    tail_weight
+        By how much a call of a run that is sure to be among the slowest counts more than one that
+        is sure not to be, >= 0; 0 minds the mean alone.
     plan_pull
         Cost, in units of the call's least service time, of an endpoint the plan gives no share;
         for fleets whose plan is to be followed whatever the load.
@@ -71,6 +74,7 @@ class Tuning:
     theta: float = 1.0
     price_scale: float = 1.0
     remaining_weight: float = 0.0
+    tail_weight: float = 0.0
     plan_pull: float = 0.0
 
 

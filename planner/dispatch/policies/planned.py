@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from planner.dispatch.events import Event
 from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
 from planner.dispatch.policies.finish import LeastExpectedFinish
 from planner.dispatch.ranking import Ranking
 from planner.dispatch.table import DispatchTable
-from planner.dispatch.view import Candidates
+from planner.dispatch.tail import Tail
+from planner.dispatch.view import Candidates, FleetView
 
 __all__ = ["Planned"]
 
@@ -16,12 +18,14 @@ class Planned:
 
     For call c on endpoint i, with the row of c's site at the present load,
 
-        crit(c) own_i + (theta + price_i) imposed_i + pull_i
+        (1 + tail_weight tail(c)) crit(c) own_i + (theta + price_i) imposed_i + pull_i
 
     own and imposed come from the live counters, price and pull from the table. A second by which
     the residents of i are delayed is lost to their runs (theta), and it keeps slots of i from the
     calls to come, which the plan values at price_i a slot second: the more an endpoint is wanted,
-    the less it is disturbed. Greedy rules see the residents only, never who comes next.
+    the less it is disturbed. Greedy rules see the residents only, never who comes next. tail is
+    the chance that c's run is about to be among the slowest, see `planner.dispatch.tail`: such
+    calls get the better endpoints.
 
     Engines that serve by priority take the call whose run is oldest, less an allowance for what
     is expected to remain of it: of two runs of an age, the one that is sooner over goes first.
@@ -40,7 +44,12 @@ class Planned:
 
     def __init__(self, *, table: DispatchTable | None = None) -> None:
         self.table = table
+        self._tail = Tail()
         self._fallback = LeastExpectedFinish()
+
+    def observe(self, event: Event, fleet: FleetView) -> None:  # noqa: ARG002
+        """Follow how long runs take."""
+        self._tail.observe(event)
 
     def choose(self, ready: Ready) -> Choice:
         """Return the candidate with the least planned cost."""
@@ -62,7 +71,11 @@ class Planned:
         forecast = ready.forecaster.of(call)
         costs = costs_of(ready)
         tuning = table.tuning
-        scores = costs.weighted(forecast.criticality, tuning.theta)
+        weight = forecast.criticality
+        if tuning.tail_weight:
+            chance = self._tail.chance(call, forecast.remaining_s, ready.now_s)
+            weight *= 1.0 + tuning.tail_weight * chance
+        scores = costs.weighted(weight, tuning.theta)
         price, pull_s = row.price, row.pull_s if tuning.plan_pull else None
         if not candidates.whole:
             price = price[candidates.indices]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -113,3 +114,40 @@ def test_of_two_runs_of_an_age_the_one_that_is_sooner_over_goes_first() -> None:
     weighted = Planned(table=table({"e0": 0.0, "e1": 0.0}, remaining_weight=1.0))
     early, late = (weighted.choose(ready(f"{name}#0")).priority for name in NAMES)
     assert early > late > 5000
+
+
+def test_a_run_about_to_be_among_the_slowest_gets_the_better_endpoint() -> None:
+    """With a tail weight its own time counts more than what it costs others, and only its own."""
+    made = states()
+    fast, slow = made
+    slow.remove("r1")
+    for number in range(2):
+        fast.add(
+            Resident(
+                call_id=f"x{number}",
+                run_id="r",
+                prompt_tokens=100,
+                uncached_tokens=0.0,
+                output_tokens=300.0,
+                criticality=1.0,
+                sent_s=0.0,
+                first_token_s=0.0,
+            )
+        )
+    slow.refit(replace(slow.endpoint, latency=ROW.scaled(1.2)))
+    view = FleetView(made)
+    forecaster = Forecaster(EstimateTable(), [WORKFLOW])
+    policy = Planned(table=table({"e0": 0.0, "e1": 0.0}, theta=1.0, tail_weight=50.0))
+
+    def chosen(run_arrival_s: float) -> int:
+        call = Call(
+            call_id="c",
+            workflow_hash=WORKFLOW.content_hash,
+            site="early#0",
+            prompt_tokens=320,
+            run_arrival_s=run_arrival_s,
+        )
+        return policy.choose(Ready(call, made, view, forecaster, 100.0)).endpoint
+
+    policy._tail.limit_s = 60.0
+    assert (chosen(99.0), chosen(10.0)) == (1, 0)
