@@ -188,6 +188,8 @@ class Crew:
         while True:
             begun_s = time.monotonic()
             await self._one(hand)
+            if self._closing:
+                return
             if time.monotonic() - begun_s > _SOON_S:
                 pause_s = _LEAST_PAUSE_S
             _log.warning("worker process ended", extra={"number": hand.number, "pause_s": pause_s})
