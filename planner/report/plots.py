@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
@@ -329,9 +329,9 @@ def table_heatmaps(table: DispatchTable, workflow_hash: str | None = None) -> Fi
                     share[y, x] = one.share
                     axes.text(
                         x, y, f"{one.share:.0%}\n{one.cost_s:.2f} s", ha="center", va="center",
-                        fontsize=7, color="black" if one.share > 0.55 else "white",
+                        fontsize=7, color="white" if one.share > 0.55 else "black",
                     )  # fmt: skip
-            image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+            image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
             upper = table.bounds[bucket]
             lower = 0.0 if bucket == 0 else table.bounds[bucket - 1]
             span = f"above {lower:.2g}" if math.isinf(upper) else f"{lower:.2g} to {upper:.2g}"
@@ -375,6 +375,7 @@ def load_latency(
     curves: Mapping[str, Sequence[LoadPoint]],
     *,
     bound: Sequence[LoadPoint] = (),
+    proven: str = "proven: no policy is faster",
     load: str = "load (arrival rate / capacity)",
     latency: str = "mean run latency (s)",
 ) -> Figure:
@@ -384,8 +385,8 @@ def load_latency(
     ----------
     curves
         Label -> points, in any order; empty ones are left out.
-    bound
-        What no policy can go below, drawn as a shaded floor.
+    bound, proven
+        What nothing can go below, drawn as a shaded floor, and what to call it.
     load, latency
         Axis labels, with units.
 
@@ -408,7 +409,7 @@ def load_latency(
             axes.fill_between(xs, ys, min(ys) / 100, color=FAINT, linewidth=0, zorder=0)
             (floor,) = axes.plot(xs, ys, color="black", linewidth=1.0)
             handles.append(floor)
-            labels.append("proven: no policy is faster")
+            labels.append(proven)
         lows = [one.value_s for points in (*shown.values(), bound) for one in points]
         axes.set_ylim(bottom=min(lows) / 1.15)
         axes.set_xlabel(load)
@@ -417,6 +418,10 @@ def load_latency(
             handles, labels, loc="outside lower center", ncols=3, frameon=False, handlelength=3.6
         )
     return figure
+
+
+_DECADE = 6.0
+"""Below this ratio of largest to least, ticks at 1, 2 and 5 of each decade are too few."""
 
 
 def draw_load_curves(axes: Axes, curves: Mapping[str, Sequence[LoadPoint]]) -> None:
@@ -445,11 +450,13 @@ def draw_load_curves(axes: Axes, curves: Mapping[str, Sequence[LoadPoint]]) -> N
         )  # fmt: skip
     axes.set_yscale("log")
     values = [one.value_s for points in curves.values() for one in points]
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(plain_number)
-    # In a narrow range only the minor ticks say where one is; in a wide one they run together.
-    narrow = max(values, default=1.0) < 4 * min(values, default=1.0)
-    axes.yaxis.set_minor_formatter(plain_number if narrow else NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if max(values, default=1.0) < _DECADE * min(values, default=1.0):
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
 
 
 def effects(
