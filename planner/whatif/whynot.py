@@ -14,11 +14,13 @@ smallest set of limits that CP-SAT found to conflict (an unsatisfiable core).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.domain.errors import Infeasible, InvalidInput, NoSolutionFound
+from planner.domain.memory import gpu_memory_gb
 from planner.report.terminal import align
 from planner.whatif.answer import Answer, Effort, ask, capacity_rps
 from planner.whatif.changes import (
@@ -147,14 +149,20 @@ class WhyNot:
         return f"<pre>{escape(self.text())}</pre>"
 
 
-def candidates(question: Question, target: Target) -> tuple[Change, ...]:
+def candidates(
+    question: Question, target: Target, *, impossible: bool = False
+) -> tuple[Change, ...]:
     """Return the single changes that may help: more endpoints, less load, a tenant fewer, time.
 
-    Endpoints of the GPUs that the fleet has; loads in steps of a tenth; deadlines only where
+    Endpoints of the GPUs that the fleet has, and of others of the bundled tables where no policy
+    can meet the target on these (``impossible``); loads in steps of a tenth; deadlines only where
     attaining them is the target (a latency target is relaxed by `WhyNot.slack`).
     """
     gpus = dict.fromkeys(one.gpu for one in question.fleet.endpoints)
     found: list[Change] = [AddEndpoints(count=1, kind=gpu.lower()) for gpu in gpus]
+    if impossible:
+        others = [gpu for gpu in gpu_memory_gb() if gpu not in gpus]
+        found += [AddEndpoints(count=1, kind=gpu.lower()) for gpu in others]
     found += [ScaleLoad(factor=step / 10) for step in (9, 8, 7, 6, 5)]
     tenants = dict.fromkeys(one.tenant for one in question.streams if one.rate_rps > 0)
     if len(tenants) > 1:
@@ -199,7 +207,8 @@ def why_not(
     met = figure is not None and target.met(figure.value)
     remedies: tuple[Remedy, ...] = ()
     if not met:
-        steps = tuple(changes) if changes is not None else candidates(question, target)
+        impossible = base.impossible(target)
+        steps = tuple(changes or candidates(question, target, impossible=impossible))
         remedies = search.run(steps, most, wanted)
     bound = base.bounds.get(target.metric, 0.0)
     return WhyNot(
@@ -296,7 +305,7 @@ class _Search:
             if len(found) >= wanted:
                 break
         found = [one for one in found if not any(_smaller(other, one) for other in found)]
-        found.sort(key=lambda one: (len(one.scenario.changes), one.extra_usd_per_hour or 0.0))
+        found.sort(key=lambda one: (len(one.scenario.changes), _price(one.extra_usd_per_hour)))
         return tuple(found[:wanted])
 
     def _sets(
@@ -311,9 +320,9 @@ class _Search:
             try:
                 changed = scenario.apply(self._question)
             except InvalidInput:
-                continue  # the last tenant cannot leave, a GPU may have no price or row
+                continue  # the last tenant cannot leave, a GPU may have no row for the model
             sets.append((scenario, changed))
-        return sorted(sets, key=lambda one: (self._extra(one[1]) or 0.0, _harm(one[0])))
+        return sorted(sets, key=lambda one: (_price(self._extra(one[1])), _harm(one[0])))
 
     def _try(self, sets: Sequence[tuple[Scenario, Question]]) -> list[Remedy]:
         """Return those of some sets that meet the target: by bound, by a screen, by all seeds."""
@@ -361,6 +370,11 @@ class _Search:
     def _extra(self, changed: Question) -> float | None:
         before, after = self._question.usd_per_hour, changed.usd_per_hour
         return None if before is None or after is None else after - before
+
+
+def _price(extra: float | None) -> float:
+    """Return what sets are ordered by: those of unknown price come last."""
+    return math.inf if extra is None else extra
 
 
 def _sensible(chosen: Sequence[Change]) -> bool:
