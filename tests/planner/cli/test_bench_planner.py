@@ -59,7 +59,7 @@ def test_published_instances_are_judged(data: Path, capsys: pytest.CaptureFixtur
 def test_speed_figures_are_there() -> None:
     """A small share of the speed figures: windows, a fleet plan, the table."""
     names = {row.name for row in bench_planner._table(1)}
-    assert names == {"table_lookup_p50", "table_memory_one_bucket"}
+    assert names == {"table_lookup_p50", "table_memory_four_buckets"}
     took, gap, built = bench_planner._fleet_plan(4, 3, 0, 0.5, 2.0)
     assert took > 0
     assert built > 0
@@ -70,7 +70,7 @@ def test_one_part_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
     """--only runs what it names and nothing else; an unknown or dataless part is bad input."""
     assert main(["bench-planner", "--quick", "--only", "table", "--json"]) == 0
     names = {row["name"] for row in json.loads(capsys.readouterr().out)}
-    assert names == {"table_lookup_p50", "table_memory_one_bucket"}
+    assert names == {"table_lookup_p50", "table_memory_four_buckets"}
     assert main(["bench-planner", "--only", "tables"]) == 2
     assert "task-graphs" in capsys.readouterr().err
     assert main(["bench-planner", "--only", "fjsp"]) == 2
