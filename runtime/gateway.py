@@ -120,9 +120,7 @@ class Gateway:
         host, port, *_ = self._runner.addresses[0]
         return f"{'https' if self._tls else 'http'}://{host}:{port}"
 
-    async def start(
-        self, site: Callable[[web.AppRunner], web.BaseSite] | None = None
-    ) -> list[str]:
+    async def start(self, site: Callable[[web.AppRunner], web.BaseSite] | None = None) -> list[str]:
         """Look at all endpoints once, start listening, and go on looking after them.
 
         Parameters
