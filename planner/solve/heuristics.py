@@ -92,7 +92,7 @@ def greedy_solution(
         Placements (R, K) to descend from in place of the constructions.
     effort
         Where to stop at the latest: parts and chains that may be looked up, >= 0. A count and not
-        a time, so that the result is reproducible; 1e8 is about XX seconds.
+        a time, so that the result is reproducible; 1e8 is about two seconds.
     """
     search = _Search(instance, timing, goal)
     tried = (search.construct(0), search.construct(1)) if start is None else (start,)
