@@ -26,6 +26,7 @@ from planner.domain.trace import RunRecord, TraceRecord, load_trace
 from planner.domain.workflow import Workflow, load_workflow
 from planner.metrics import relative_difference, spread
 from planner.report import plots
+from planner.report.anatomy import GraphWeights
 from planner.report.comparison import (
     COLUMNS,
     COMPARED,
@@ -91,7 +92,7 @@ def write_report(folder: Path, out: Path) -> Path:
         _pictures_section(results, table, pair, traces),
         _twin_section(folder, results),
         _study_section(folder),
-        _workflow_section(folder),
+        _workflow_section(folder, traces[pair[-1]]),
         _plan_section(folder),
         _models_section(folder, results),
         _settings_section(results),
@@ -184,6 +185,25 @@ def _pictures_section(
                 "half per cent of the runs may lie beyond the right edge.",
             )
         )
+    spent = {
+        label: plots.mean_parts(seeds[min(seeds)])
+        for label, seeds in traces.items()
+        if seeds and _ok_runs(seeds[min(seeds)])
+    }
+    if spent:
+        parts.append(
+            _picture(
+                plots.time_parts(spent),
+                "Seconds of the mean run by what was done on its critical path: "
+                + "; ".join(
+                    f"{label}: " + ", ".join(f"{part} {value:.2f} s" for part, value in row.items())
+                    for label, row in spent.items()
+                )
+                + ".",
+                "Where the seconds of the mean run went, on its critical path, in the first "
+                "traced seed.",
+            )
+        )
     chosen = _typical_run(pair, traces)
     if chosen is not None:
         seed, run_id, latency_s = chosen.seed, chosen.run_id, chosen.latency_s
@@ -266,7 +286,8 @@ def _has(policies: Sequence[PolicyResult], metric: str) -> bool:
     return bool(policies) and bool(policies[0].values(metric))
 
 
-def _workflow_section(folder: Path) -> str:
+def _workflow_section(folder: Path, traces: Mapping[int, Sequence[TraceRecord]]) -> str:
+    """Draw the graph with what the runs of the first traced seed did, if there is one."""
     path = folder / "workflow.json"
     if not path.exists():
         return ""
@@ -275,7 +296,7 @@ def _workflow_section(folder: Path) -> str:
         loops = len(workflow.loops)
         parts.append(
             _picture(
-                plots.workflow_graph(workflow),
+                plots.workflow_graph(workflow, _weights(workflow, traces)),
                 f"Graph of workflow {workflow.name}: {len(workflow.nodes)} nodes, "
                 f"{len(workflow.branches)} branches, {len(workflow.joins)} joins, {loops} loops.",
                 f"Workflow {escape(workflow.name)} as compiled (content hash "
@@ -283,6 +304,14 @@ def _workflow_section(folder: Path) -> str:
             )
         )
     return _section("Workflow", "".join(parts))
+
+
+def _weights(
+    workflow: Workflow, traces: Mapping[int, Sequence[TraceRecord]]
+) -> GraphWeights | None:
+    first = traces[min(traces)] if traces else ()
+    known = any(one.workflow_hash == workflow.content_hash for one in _ok_runs(first).values())
+    return plots.graph_weights(workflow, first) if known else None
 
 
 def _levels(workflow: Workflow) -> list[Workflow]:

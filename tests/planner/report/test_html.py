@@ -64,7 +64,7 @@ def test_nothing_comes_from_outside(page: Page) -> None:
     assert not page.all("script")
     assert not page.all("link")
     images = page.all("img")
-    assert len(images) == 6
+    assert len(images) == 7
     assert all(str(one["src"]).startswith("data:image/png;base64,") for one in images)
 
 
