@@ -212,9 +212,9 @@ def _answer(
     args: argparse.Namespace, question: Question, store: Store
 ) -> tuple[Mapping[str, Any], str]:
     from planner.whatif.answer import what_if
-    from planner.whatif.changes import parse_scenario
     from planner.whatif.cheapest import cheapest_fleet
     from planner.whatif.grid import load_grid, run_grid
+    from planner.whatif.notation import parse_scenario
     from planner.whatif.prices import marginal_values
     from planner.whatif.question import Target
     from planner.whatif.whynot import why_not

@@ -22,10 +22,11 @@ import numpy as np
 
 from planner.report.terminal import align
 from planner.whatif.answer import Effort, ask, what_if
-from planner.whatif.changes import Scenario, parse_scenario
+from planner.whatif.changes import Scenario
 from planner.whatif.demo import demo_question
 from planner.whatif.figures import Figure
 from planner.whatif.grid import Grid, run_grid
+from planner.whatif.notation import parse_scenario
 from planner.whatif.question import METRICS, Metric, Question, Target
 from planner.whatif.store import Store
 

@@ -22,10 +22,10 @@ from planner.domain.trace import load_trace
 from planner.domain.workflow import Workflow, load_workflow
 from planner.whatif import whynot as reasons
 from planner.whatif.answer import Effort, WhatIf, what_if
-from planner.whatif.changes import parse_scenario
 from planner.whatif.cheapest import cheapest_fleet
 from planner.whatif.diff import Diff, compare_files
 from planner.whatif.grid import Grid, GridResult, load_grid, run_grid
+from planner.whatif.notation import parse_scenario
 from planner.whatif.prices import marginal_values
 from planner.whatif.question import Question, Stream, Target
 from planner.whatif.regret import Regret, hindsight

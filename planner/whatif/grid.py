@@ -31,7 +31,8 @@ from planner.domain.errors import InvalidInput
 from planner.domain.files import read_yaml
 from planner.report.terminal import align
 from planner.whatif.answer import Answer, Effort, answer_table, ask, bounded, flat_row
-from planner.whatif.changes import ScaleLoad, Scenario, parse_scenario
+from planner.whatif.changes import ScaleLoad, Scenario
+from planner.whatif.notation import parse_scenario
 from planner.whatif.question import Question, Target, check_deadlines
 from planner.whatif.store import Store
 

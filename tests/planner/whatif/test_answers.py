@@ -10,7 +10,7 @@ import pytest
 
 from planner.domain.errors import InvalidInput
 from planner.whatif.answer import Effort, ask, capacity_rps, effect, what_if
-from planner.whatif.changes import parse_scenario
+from planner.whatif.notation import parse_scenario
 from planner.whatif.question import Question, Stream, Target, workload
 from planner.whatif.sample import Sample, counted_only
 from planner.whatif.store import Store

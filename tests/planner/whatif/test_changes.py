@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from planner.domain.errors import InvalidInput
-from planner.whatif.changes import Scenario, parse_change, parse_scenario
+from planner.whatif.changes import Scenario
 from planner.whatif.demo import demo_question
+from planner.whatif.notation import parse_change, parse_scenario
 from planner.whatif.question import Question
 
 from .small import endpoint, question

@@ -12,11 +12,12 @@ from planner.domain.errors import InvalidInput
 from planner.report.whatif_page import grid_figure, write_grid_page
 from planner.whatif.answer import Answer, Effort
 from planner.whatif.bars import random_scenarios
-from planner.whatif.changes import AddEndpoints, ScaleLoad, Scenario, parse_scenario
+from planner.whatif.changes import AddEndpoints, ScaleLoad, Scenario
 from planner.whatif.cheapest import cheapest_fleet
 from planner.whatif.demo import demo_question
 from planner.whatif.figures import Figure
 from planner.whatif.grid import Cell, Grid, knees, load_grid, run_grid
+from planner.whatif.notation import parse_scenario
 from planner.whatif.prices import marginal_values
 from planner.whatif.question import Target
 from planner.whatif.store import Store
