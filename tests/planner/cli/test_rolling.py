@@ -271,7 +271,8 @@ def test_a_planned_table_is_written_if_it_is_not_worse(
     assert plan(folder, *against, "--incumbent", str(folder / "bad.json")) == 0
     assert "activated on 12 runs" in capsys.readouterr().err
     record = folder / "table.activation.json"
-    assert explain(argparse.Namespace(file=record, site=None, run=None, json=False)) == 0
+    words = argparse.Namespace(file=record, site=None, run=None, gateway=None, json=False)
+    assert explain(words) == 0
     assert "slow 100%" in capsys.readouterr().out
 
 
