@@ -24,14 +24,15 @@ _INF = math.inf
 POOLS = Setting(fleet="hetero1", mix="rag", arrivals="burst")
 """A burst that drains, as in HexAGenT: at 400 runs, older runs first end with a Req95 of 3 to 9."""
 ALIKE = replace(POOLS, fleet="homogeneous")
-ENGINE = Setting(fleet="h00", kv="scarce", mix="tool_heavy", load=0.85)
-"""Endpoints alike, little KV, long tools: where a KV manager has something to decide."""
-CALM = replace(ENGINE, load=0.3)
+ENGINE = Setting(fleet="h00", kv="scarce", mix="tool_heavy", arrivals="closed", load=1.0)
+"""Endpoints alike, little KV, long tools: where a KV manager has something to decide. A closed loop
+is loaded from the first second on; open arrivals of a few hundred long runs never are."""
+CALM = replace(ENGINE, load=0.2)
 AMPLE = replace(ENGINE, kv="ample")
 TENANTS = Setting(fleet="h00", mix="multi_tenant", arrivals="burst")
 """Its runs wait for people and tools most of the time: only a burst makes tenants compete."""
-MIXED = Setting(fleet="h00", kv="scarce", mix="multi_tenant", load=0.85)
-STAGED = Setting(fleet="h00", mix="staged", load=0.95)
+MIXED = replace(ENGINE, mix="multi_tenant")
+STAGED = Setting(fleet="h00", mix="staged", arrivals="burst")
 SHUFFLED = replace(STAGED, mix="staged_shuffled")
 BURST = replace(POOLS, fleet="hetero2")
 SATURATED = Setting(fleet="h00", mix="tool_heavy", arrivals="burst")
