@@ -156,7 +156,7 @@ def test_a_shifted_load_gets_a_new_table_and_no_request_fails(stack, tmp_path, c
     # The killed process may have taken the first question about the new load with it.
     assert {"drift", "retry"} & {one["reason"] for one in records if one["outcome"] == "adopted"}
     assert records[0]["incumbent"] == "marginal_cost"
-    assert explain(Namespace(file=log, site=None, run=None, json=False)) == 0
+    assert explain(Namespace(file=log, site=None, run=None, gateway=None, json=False)) == 0
     assert "adopted" in capsys.readouterr().out
 
 
