@@ -88,7 +88,7 @@ def test_bad_input_is_told(tmp_path, capsys):
     assert "CANNOT BE USED" in capsys.readouterr().out
 
 
-def _requests(configs, rng, rows=150):
+def _requests(configs, rng, rows=100):
     """Return requests of configurations whose true times no formula of ours describes."""
     out = []
     for name, speed in configs.items():
