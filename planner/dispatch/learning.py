@@ -204,7 +204,8 @@ class FleetLearner:
     Parameters
     ----------
     states
-        Of the router; their ``latency`` is replaced by the learned row at each finished call.
+        Of the router; their ``latency`` is replaced by the learned row at finished calls, see
+        `OnlineLatency.news`.
 
     Attributes
     ----------
@@ -293,7 +294,9 @@ class FleetLearner:
             under.cached_tokens = event.cached_tokens
         under.cached_tokens = min(under.cached_tokens, max(under.prompt_tokens - 1, 0))
         self._learn(under, event.output_tokens, event.now_s)
-        self._states[under.endpoint].latency = self.rows[under.endpoint].row
+        row = self.rows[under.endpoint].news()
+        if row is not None:
+            self._states[under.endpoint].latency = row
 
     def _leave(self, under: _Under, now_s: float) -> None:
         meter = self._meters[under.endpoint]

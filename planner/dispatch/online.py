@@ -36,6 +36,7 @@ __all__ = [
     "OnlineLatency",
     "Scrape",
     "decode_counts",
+    "non_negative",
     "prefill_counts",
     "scrape_counts",
 ]
@@ -51,10 +52,26 @@ LEVERAGE = 4.0
 ALARM_RATIO, ALARM_S = 1.15, 30.0
 LEARNING = 50
 """Observations after which the row in use becomes what drift is measured against."""
+RENEWAL = 8
+"""Observations from one row in use to the next, after those."""
 _EWMA = 0.1
-_SWEEPS = 40
+_EXCHANGES = 3
+"""Exchanges of all unknowns on the wrong side that may not make them fewer."""
+_STEPS = 100
+_TOLERANCE = 1e-9
 _UNITS = np.array([1e-3, 1e-6, 1e-9, 1e-3, 1e-6, 1e-9])
 """Seconds per unit of the fields of a row: ms, us, ns, ms, us, ns."""
+
+
+def _pull() -> Floats:
+    """Return the quadratic that pulls six ratios to their scale, and that to one."""
+    matrix = ANCHOR * np.eye(7)
+    matrix[:6, 6] = matrix[6, :6] = -ANCHOR
+    matrix[6, 6] = 6 * ANCHOR + 1.0
+    return matrix
+
+
+_PULL = _pull()
 
 
 def _coefficients(row: LatencyRow) -> Floats:
@@ -231,6 +248,7 @@ class OnlineLatency:
         self._above_since: float | None = None
         self._last_s = 0.0
         self._solved = True
+        self._told = 0
 
     @property
     def row(self) -> LatencyRow:
@@ -238,6 +256,18 @@ class OnlineLatency:
         if not self.observations:
             return self.prior
         return _row(self._now(), self._unit)
+
+    def news(self) -> LatencyRow | None:
+        """Return the row as learned so far if it is worth taking up anew, else None.
+
+        At first it is after each observation, later on after every few: solving for it takes
+        longer than all else that an observation does, and a single one of many moves it little.
+        """
+        fresh = self.observations - self._told
+        if fresh < (RENEWAL if self.observations > LEARNING else 1):
+            return None
+        self._told = self.observations
+        return self.row
 
     @property
     def usual(self) -> LatencyRow | None:
@@ -262,20 +292,23 @@ class OnlineLatency:
         ``now_s`` never goes back. ``watch`` is False for observations that say little of drift,
         such as times to first token, whose waits vary by more than an endpoint does.
         """
-        if not (math.isfinite(seconds) and seconds > 0.0 and bool(np.all(np.isfinite(counts)))):
-            return
         expected = float(counts @ self._reference)
-        if not counts.any() or expected <= 0.0:
+        # Counts that are not finite make no finite sum, since what they are weighted with is >= 0.
+        if not (0.0 < seconds < math.inf and 0.0 < expected < math.inf):
             return
         # An answer that was buffered on its way comes at once; relative to next to nothing it would
         # outweigh all others.
         scaled = counts * self._unit
-        whole = max(seconds, float(scaled @ self._unknowns[:6]) / LEVERAGE)
-        relative, target = scaled / whole, seconds / whole
-        error = abs(float(relative @ self._unknowns[:6]) - target)
+        now = float(scaled @ self._unknowns[:6])
+        whole = max(seconds, now / LEVERAGE)
+        target = seconds / whole
+        error = abs(now / whole - target)
         weight = min(1.0, HUBER / max(error, 1e-12)) if self.observations >= 10 else 1.0
-        self._matrix = self.forgetting * self._matrix + weight * np.outer(relative, relative)
-        self._vector = self.forgetting * self._vector + weight * target * relative
+        weighed = scaled * (weight / (whole * whole))
+        self._matrix *= self.forgetting
+        self._matrix += scaled[:, None] * weighed
+        self._vector *= self.forgetting
+        self._vector += (seconds * weight / (whole * whole)) * scaled
         self._solved = False
         self.observations += 1
         if watch:
@@ -305,27 +338,53 @@ class OnlineLatency:
         return np.asarray(self._unknowns[:6] * self._unit)
 
     def _solve(self) -> None:
-        """Minimise the quadratic over unknowns >= 0, coordinate by coordinate, from the last."""
-        matrix = np.zeros((7, 7))
-        matrix[:6, :6] = self._matrix + ANCHOR * np.eye(6)
-        matrix[:6, 6] = matrix[6, :6] = -ANCHOR
-        matrix[6, 6] = 6 * ANCHOR + 1.0
+        """Minimise the quadratic over unknowns >= 0."""
+        matrix = _PULL.copy()
+        matrix[:6, :6] += self._matrix
         vector = np.append(self._vector, 1.0)
-        found = self._unknowns
-        # Unconstrained first: usually nothing is negative and this is the answer.
-        free = np.linalg.solve(matrix, vector)
-        if np.min(free) >= 0.0:
-            found = free
-        else:
-            found = np.maximum(free, 0.0)
-            for _ in range(_SWEEPS):
-                for place in range(7):
-                    rest = (
-                        vector[place] - matrix[place] @ found + matrix[place, place] * found[place]
-                    )
-                    found[place] = max(0.0, rest / matrix[place, place])
-        self._unknowns = found
+        self._unknowns = non_negative(matrix, vector, self._unknowns > 0.0)
         self._solved = True
+
+
+def non_negative(matrix: Floats, vector: Floats, free: npt.NDArray[np.bool_]) -> Floats:
+    """Return x >= 0 with the least x A x / 2 - b x, for a positive definite A.
+
+    Parameters
+    ----------
+    matrix, vector
+        A and b.
+    free
+        Guess of the unknowns that are not 0; usually those of the last time, and then right.
+
+    Notes
+    -----
+    Unknowns on the wrong side are exchanged all at once, and only the last of them once that no
+    longer makes them fewer (Kim and Park 2011, SIAM J. Scientific Computing 33, "block principal
+    pivoting"). That ends, but for rounding, hence the limit; the last solution is good enough then.
+    """
+    fewest, patience = len(vector) + 1, _EXCHANGES
+    found = vector
+    for _ in range(_STEPS):
+        if free.all():
+            found = np.asarray(np.linalg.solve(matrix, vector), dtype=np.float64)
+            wrong = found < -_TOLERANCE
+        else:
+            found = np.zeros(len(vector))
+            found[free] = np.linalg.solve(matrix[np.ix_(free, free)], vector[free])
+            # Of those that are free the value, of the others the slope, may not be below 0.
+            slope = (matrix @ found - vector) / matrix.diagonal()
+            wrong = np.where(free, found, slope) < -_TOLERANCE
+        count = int(np.count_nonzero(wrong))
+        if not count:
+            break
+        if count < fewest:
+            fewest, patience = count, _EXCHANGES
+        elif patience:
+            patience -= 1
+        else:
+            wrong[: int(np.flatnonzero(wrong)[-1])] = False
+        free = free ^ wrong
+    return np.maximum(found, 0.0)
 
 
 class LatencyBook:

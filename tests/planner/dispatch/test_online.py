@@ -9,6 +9,7 @@ from planner.dispatch.online import (
     OnlineLatency,
     Scrape,
     decode_counts,
+    non_negative,
     prefill_counts,
     scrape_counts,
 )
@@ -164,3 +165,31 @@ def test_lookups_are_measured():
     """The two look-up figures are positive numbers of seconds."""
     ticks = iter(range(10_000))
     assert min(lookup_seconds(EstimateTable(), clock=lambda: float(next(ticks)))) > 0
+
+
+def test_news_are_told_after_each_observation_at_first_and_later_after_every_few():
+    """A learner tells of its row as often as one more observation matters."""
+    learner = OnlineLatency(TRUE)
+    counts = decode_counts(100, calls=4, kv_tokens=4000)
+    told = []
+    for number in range(80):
+        learner.observe(counts, learner.seconds(counts), now_s=float(number))
+        if (row := learner.news()) is not None:
+            assert row == learner.row
+            told.append(number + 1)
+    assert learner.news() is None
+    assert told == [*range(1, 51), 58, 66, 74]
+
+
+def test_coefficients_that_would_be_negative_are_zero_and_the_others_fit_best():
+    """Where the best fit is negative somewhere, no slope points to a better one without it."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        basis = rng.normal(size=(7, 3)) * rng.uniform(0.0, 3.0, size=(7, 1))
+        matrix = basis @ basis.T + np.diag(rng.uniform(0.01, 2.0, 7))
+        vector = 3.0 * rng.normal(size=7)
+        found = non_negative(matrix, vector, rng.random(7) < 0.5)
+        slope = matrix @ found - vector
+        assert found.min() >= 0.0
+        assert abs(slope[found > 0.0]).max(initial=0.0) < 1e-9
+        assert slope[found == 0.0].min(initial=0.0) > -1e-9
