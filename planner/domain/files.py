@@ -22,7 +22,10 @@ __all__ = ["atomic_write", "data_dir", "read_json", "read_jsonl", "read_text", "
 
 
 def data_dir() -> Path:
-    """Return the folder of the bundled data (``data/`` beside the packages).
+    """Return the folder of the bundled data.
+
+    It is the one that ``ALMANAC_DATA`` names, or ``data/`` beside the packages in a clone, or
+    where the wheel was installed to.
 
     Raises
     ------
@@ -31,13 +34,29 @@ def data_dir() -> Path:
     """
     override = os.environ.get("ALMANAC_DATA")
     path = Path(override) if override else Path(__file__).resolve().parents[2] / "data"
+    if not (override or (path / "gpus.csv").is_file()):
+        path = _installed_data() or path
     if not path.is_dir():
         raise InvalidInput(
             f"no folder {path}",
             where="bundled data",
-            remedy="run from a clone of the repository or set ALMANAC_DATA to its data/ folder",
+            remedy="install the wheel, run from a clone of the repository, or set ALMANAC_DATA to "
+            "its data/ folder",
         )
     return path
+
+
+def _installed_data() -> Path | None:
+    """Return the folder that the installer put the wheel's data into, if there was a wheel."""
+    from importlib import metadata  # seldom needed, and slow to load
+
+    try:
+        installed = metadata.files("almanac-scheduler") or ()
+    except metadata.PackageNotFoundError:
+        return None
+    # The installer chooses the folder (virtual environment, user, system): its record knows.
+    tables = (Path(str(file.locate())) for file in installed if file.name == "gpus.csv")
+    return next((table.resolve().parent for table in tables), None)
 
 
 def read_text(path: Path, *, what: str) -> str:
