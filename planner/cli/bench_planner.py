@@ -493,39 +493,52 @@ def _offline(calls: int, endpoints: int, limit: float) -> Iterator[Bar]:
 
 
 def _table(workflows: int) -> Iterator[Bar]:
-    """Measure a table of four loads: look-up, and memory scaled to 200 workflows of 50 sites."""
+    """Measure a table of four loads: look-up, and memory scaled to 200 workflows of 50 sites.
+
+    As in planned tables every site has costs of its own, divides its runs in quarters, and shares
+    the prices of its workflow and load.
+    """
     import tracemalloc
+
+    import numpy as np
 
     from planner.dispatch.rows import Rows
     from planner.dispatch.table import DispatchTable, Ranked, Row
 
     endpoints = tuple(f"e{i:02d}" for i in range(64))
     bounds = (0.25, 0.5, 0.75, float("inf"))
+    rng = np.random.default_rng(0)
+
+    def ranked(prices: Sequence[float]) -> tuple[Ranked, ...]:
+        costs = np.round(rng.lognormal(0.0, 1.0, len(endpoints)), 4).tolist()
+        taken = rng.integers(len(endpoints), size=4)
+        shares = (np.bincount(taken, minlength=len(endpoints)) / 4).tolist()
+        return tuple(
+            Ranked(endpoint=e, cost_s=cost, share=share, price=price)
+            for e, cost, share, price in zip(endpoints, costs, shares, prices, strict=True)
+        )
+
+    def rows() -> Iterator[Row]:
+        for w in range(workflows):
+            prices = np.round(rng.random((len(bounds), len(endpoints))), 5).tolist()
+            for k in range(50):
+                for b, bound in enumerate(bounds):
+                    yield Row(
+                        workflow_hash=f"w{w}",
+                        site=f"n{k}#0",
+                        bucket=b,
+                        valid_from=0.25 * b,
+                        valid_to=bound,
+                        ranked=ranked(prices[b]),
+                    )
+
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     table = DispatchTable(
         fleet_hash="bench",
         endpoints=endpoints,
         bounds=bounds,
-        rows=Rows(
-            (
-                Row(
-                    workflow_hash=f"w{w}",
-                    site=f"n{k}#0",
-                    bucket=b,
-                    valid_from=0.25 * b,
-                    valid_to=bound,
-                    ranked=tuple(
-                        Ranked(endpoint=e, cost_s=1.0 + 0.01 * n, share=1 / 64, price=0.1 * n * b)
-                        for n, e in enumerate(endpoints)
-                    ),
-                )
-                for w in range(workflows)
-                for k in range(50)
-                for b, bound in enumerate(bounds)
-            ),
-            endpoints,
-        ),
+        rows=Rows(rows(), endpoints),
     )
     held = (tracemalloc.get_traced_memory()[0] - before) / workflows * 200
     tracemalloc.stop()

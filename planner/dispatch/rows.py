@@ -63,27 +63,62 @@ class Row:
 
 
 class _Column:
-    """Numbers by row and endpoint; ``values`` has the shape (rows, endpoints)."""
+    """Numbers by row and endpoint; equal rows are kept once.
 
-    __slots__ = ("_decimals", "values")
+    The sites of a load bucket share their prices, and many share how they are divided.
+    """
 
-    def __init__(self, numbers: array[float], shape: tuple[int, int]) -> None:
-        exact = np.frombuffer(numbers.tobytes()).reshape(shape)
+    __slots__ = ("_decimals", "_places", "_values")
+
+    def __init__(self, numbers: array[float], places: array[int], size: int) -> None:
+        exact = np.frombuffer(numbers.tobytes()).reshape(-1, size)
         short = exact.astype(np.float32)
-        self.values: Numbers = short
+        self._places = places
+        self._values: Numbers = short
         for decimals in (4, 5, 6):
             if np.array_equal(np.round(short.astype(np.float64), decimals), exact):
                 self._decimals: int | None = decimals
                 return
-        self.values, self._decimals = exact, None
+        self._values, self._decimals = exact, None
 
-    def __getitem__(self, number: int) -> list[float]:
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How the numbers are kept."""
+        return self._values.dtype
+
+    def __getitem__(self, number: int) -> Numbers:
+        """Return a row's numbers, not to be written to."""
+        found: Numbers = self._values[self._places[number]]
+        return found
+
+    def given(self, number: int) -> list[float]:
         """Return a row's numbers as they were put in."""
-        values = self.values[number].astype(np.float64)
+        values = self[number].astype(np.float64)
         found: list[float] = (
             values if self._decimals is None else np.round(values, self._decimals)
         ).tolist()
         return found
+
+
+class _Gathered:
+    """A column while its rows come in."""
+
+    def __init__(self) -> None:
+        self._seen: dict[bytes, int] = {}
+        self._numbers = array("d")
+        self._places = array("L")
+
+    def add(self, values: Numbers) -> None:
+        """Add a row."""
+        content = values.tobytes()
+        place = self._seen.setdefault(content, len(self._seen))
+        if place * len(values) == len(self._numbers):
+            self._numbers.frombytes(content)
+        self._places.append(place)
+
+    def column(self, size: int) -> _Column:
+        """Return what came in, ``size`` numbers a row."""
+        return _Column(self._numbers, self._places, size)
 
 
 class Rows(Sequence[Row]):
@@ -103,7 +138,7 @@ class Rows(Sequence[Row]):
     buckets
         Load bucket of each row.
     cost_s, share, price
-        Arrays of shape (rows, endpoints), as in `Ranked`.
+        By row, arrays of shape (endpoints,), as in `Ranked`.
     priorities
         Of each row.
 
@@ -124,7 +159,7 @@ class Rows(Sequence[Row]):
         self._retain = bytearray()
         self._reasons: list[tuple[str, bool]] = []
         once: dict[Any, Any] = {}  # equal strings and keys are kept once
-        numbers = array("d"), array("d"), array("d")
+        gathered = _Gathered(), _Gathered(), _Gathered()
         order = array("B" if size <= 1 << 8 else "L")
         for row in rows:
             columns = np.zeros((3, size))
@@ -136,8 +171,8 @@ class Rows(Sequence[Row]):
                     remedy="rank each endpoint of the table once",
                 )
             columns[:, ranks] = np.array([(o.cost_s, o.share, o.price) for o in row.ranked]).T
-            for column, values in zip(numbers, columns, strict=True):
-                column.frombytes(values.tobytes())
+            for column, values in zip(gathered, columns, strict=True):
+                column.add(values)
             order.extend(ranks)
             key = row.workflow_hash, row.site
             self.keys.append(once.setdefault(key, key))
@@ -149,9 +184,7 @@ class Rows(Sequence[Row]):
             told = bool(ending) and row.reason.endswith(ending)
             reason = (row.reason.removesuffix(ending) if told else row.reason), told
             self._reasons.append(once.setdefault(reason, reason))
-        cost, share, price = (_Column(column, (len(self.keys), size)) for column in numbers)
-        self._columns = cost, share, price
-        self.cost_s, self.share, self.price = cost.values, share.values, price.values
+        self.cost_s, self.share, self.price = (column.column(size) for column in gathered)
         self._order = np.frombuffer(order.tobytes(), order.typecode).reshape(len(self.keys), size)
 
     def __len__(self) -> int:
@@ -167,7 +200,9 @@ class Rows(Sequence[Row]):
         if isinstance(number, slice):
             return tuple(self[one] for one in range(*number.indices(len(self))))
         number = range(len(self))[number]
-        cost_s, share, price = (column[number] for column in self._columns)
+        cost_s, share, price = (
+            column.given(number) for column in (self.cost_s, self.share, self.price)
+        )
         ranked = tuple(
             Ranked(
                 endpoint=self.endpoints[one], cost_s=cost_s[one], share=share[one], price=price[one]
