@@ -385,24 +385,13 @@ class Control:
         """Return whether an endpoint that is up and not excluded could take a call."""
         return self.router.servable(call, exclude)
 
-    def service_s(self, call: Call) -> float:
-        """Return the engine seconds of service a call is expected to need, alone on an endpoint."""
-        output_tokens = self.router.forecaster.of(call).output_tokens
-        context = call.prompt_tokens + output_tokens / 2
-        return min(
-            state.latency.prefill_s(call.prompt_tokens)
-            + output_tokens * state.latency.decode_step_s(1, context)
-            for state in self.router.view.states
-            if call.model is None or state.endpoint.model == call.model
-        )
+    def service_s(self, call: Call, output_tokens: float) -> float:
+        """Return the engine seconds of service a call needs alone on the best endpoint for it."""
+        return self.router.view.alone_s(call.model, call.prompt_tokens, output_tokens)
 
     def room_tokens(self, model: str | None) -> int:
         """Return the longest sequence an endpoint of the model can hold, be it up or down."""
-        return max(
-            state.most_tokens
-            for state in self.router.view.states
-            if model is None or state.endpoint.model == model
-        )
+        return self.router.view.room_tokens(model)
 
     def identify(
         self, headers: Mapping[str, str], payload: Mapping[str, Any], prompt: Prompt, tenant: Tenant

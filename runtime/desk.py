@@ -42,7 +42,7 @@ class Arrival:
     Parameters
     ----------
     headers
-        Of the request, with case-insensitive look-up.
+        Of the request, by name in lower case.
     payload
         Its body; what the prompt is made of may be left out.
     prompt
@@ -318,11 +318,12 @@ class LocalCase:
     async def __aenter__(self) -> Self:
         control, call, tenant = self._control, self.call, self._arrival.tenant
         try:
+            output_tokens = control.router.forecaster.of(call).output_tokens
             asked = Asked(
                 tenant=tenant,
                 begun=self._run.admitted,
-                service_s=control.service_s(call),
-                tokens=call.prompt_tokens + control.router.forecaster.of(call).output_tokens,
+                service_s=control.service_s(call, output_tokens),
+                tokens=call.prompt_tokens + output_tokens,
                 priority=tenant.priority + self._urgency,
             )
             self._admitted = await control.admission.enter(asked)

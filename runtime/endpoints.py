@@ -12,16 +12,10 @@ from yarl import URL
 
 from planner.domain.fleet import Endpoint
 from runtime.links import EndpointBroken, EndpointUnreachable
-from runtime.timeouts import LearnedLimit
-from runtime.transport import TimedConnector
 
 __all__ = ["EndpointLink", "UpstreamAnswer"]
 
 _PROBE = aiohttp.ClientTimeout(total=2.0)
-_CONNECT_FLOOR_S = 0.5
-"""Least limit on a connect: a full accept queue costs a second packet."""
-_CONNECTS_KNOWN = 5
-"""Connects after which their limit is learned."""
 _BOOTED = re.compile(rb"^process_start_time_seconds(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 _KEPT_BACK = frozenset(
     {
@@ -84,24 +78,16 @@ class EndpointLink:
     endpoint
         With an address.
     session
-        Shared; closed by its owner. Its connects are timed if it was made by
-        `runtime.transport.open_session`.
+        Shared; closed by its owner.
     """
 
-    __slots__ = ("_connect", "_session", "_url", "_urls", "endpoint")
+    __slots__ = ("_session", "_url", "_urls", "endpoint")
 
     def __init__(self, endpoint: Endpoint, session: aiohttp.ClientSession) -> None:
         assert endpoint.url is not None  # noqa: S101 - checked by Control
         self.endpoint = endpoint
         self._url = URL(endpoint.url)
         self._session = session
-        self._connect = LearnedLimit(
-            multiple=3.0,
-            floor_s=_CONNECT_FLOOR_S,
-            cap_s=session.timeout.sock_connect or float("inf"),
-        )
-        if isinstance(session.connector, TimedConnector):
-            session.connector.tell[self._url.host, self._url.port] = self.connected
         self._urls: dict[str, URL] = {}  # by route; making one takes as long as a decision
 
     async def send(self, path: str, body: bytes, headers: Mapping[str, str]) -> UpstreamAnswer:
@@ -111,30 +97,13 @@ class EndpointLink:
             url = self._urls[path] = self._url.with_path(path)
         try:
             response = await self._session.post(
-                url,
-                data=body,
-                headers=headers,
-                allow_redirects=False,
-                timeout=self._timeout(),
+                url, data=body, headers=headers, allow_redirects=False
             )
         except aiohttp.ClientConnectorError as error:
             raise EndpointUnreachable(type(error).__name__) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointBroken(type(error).__name__) from error
         return UpstreamAnswer(response)
-
-    def connected(self, seconds: float) -> None:
-        """Learn how long a connect took, wall seconds."""
-        self._connect.learn(0.0, seconds)
-
-    def _timeout(self) -> aiohttp.ClientTimeout:
-        """Return the session's limits, with that on a connect as learned."""
-        usual = self._session.timeout
-        if self._connect.seen < _CONNECTS_KNOWN:
-            return usual
-        return aiohttp.ClientTimeout(
-            total=usual.total, sock_read=usual.sock_read, sock_connect=self._connect.of(0.0)
-        )
 
     async def booted_s(self) -> float | None:
         """Return when its process started, by its own clock; None if ``/metrics`` does not say."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
@@ -80,7 +79,7 @@ class Forwarder:
         path
             API route, ``/v1/...``.
         headers
-            Of the request, with case-insensitive look-up.
+            Of the request, by name in lower case.
         passed_on
             Those the endpoint gets.
         downstream
@@ -131,7 +130,7 @@ class Forwarder:
         tenant: Tenant,
     ) -> Request:
         names = self.desk.config.request_id_headers
-        given = (plain_text(headers.get(name)) for name in names)
+        given = (plain_text(headers.get(name.lower())) for name in names)
         request_id = next(filter(None, given), "") or uuid4().hex
         stream = bool(payload.get("stream"))
         if path in _SALTED and not self.desk.config.share_prefixes:
@@ -201,7 +200,7 @@ class Forwarder:
             return await self._relay(request, case, begun, headers, downstream)
         if begun.status < 400:
             case.finish(begun.seat, _usage_of(begun.answer.body), 0)
-        return replace(begun.answer, headers=headers), begun.status
+        return Answer(begun.answer.status, begun.answer.body, headers), begun.status
 
     async def _relay(
         self,

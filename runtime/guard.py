@@ -380,8 +380,9 @@ class Guard:
             forecast_s=forecast_s,
             step_s=gap_s,
             first_s=self.cap_s if last else min(self.cap_s, first_s * 2**attempt),
-            stall_s=self._gap.of(gap_s),
-            hedge_s=self._hedge.of(forecast_s),
+            # An answer sent as a whole has neither pauses nor a hedge.
+            stall_s=self._gap.of(gap_s) if streams else self.cap_s,
+            hedge_s=self._hedge.of(forecast_s) if streams else self.cap_s,
             streams=streams,
             elsewhere=elsewhere,
         )

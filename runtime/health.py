@@ -241,7 +241,7 @@ class Breaker:
 class _Window:
     """What an endpoint did of late."""
 
-    __slots__ = ("_outcomes", "_ratios", "_rules", "failed")
+    __slots__ = ("_outcomes", "_ratios", "_rules", "failed", "slowness")
 
     def __init__(self, rules: HealthRules) -> None:
         self._rules = rules
@@ -251,6 +251,8 @@ class _Window:
         self._outcomes: deque[tuple[float, bool]] = deque(maxlen=_OUTCOMES)
         self._ratios: deque[tuple[float, float]] = deque(maxlen=_RATIOS)
         self.failed = 0
+        self.slowness: float | None = None
+        """Median ratio of observed to expected seconds, None below the least number of calls."""
 
     def add(self, now_s: float, *, failed: bool, ratio: float | None = None) -> None:
         if len(self._outcomes) == _OUTCOMES:
@@ -259,27 +261,28 @@ class _Window:
         self.failed += failed
         if ratio is not None:
             self._ratios.append((now_s, ratio))
+            self._weigh()
 
     def forget(self, now_s: float) -> None:
         """Leave out what is too old."""
         since_s = now_s - self._rules.window_s
         while self._outcomes and self._outcomes[0][0] < since_s:
             self.failed -= self._outcomes.popleft()[1]
-        while self._ratios and self._ratios[0][0] < since_s:
-            self._ratios.popleft()
+        if self._ratios and self._ratios[0][0] < since_s:
+            while self._ratios and self._ratios[0][0] < since_s:
+                self._ratios.popleft()
+            self._weigh()
+
+    def _weigh(self) -> None:
+        """Find the slowness anew; it is read far more often than it changes."""
+        enough = len(self._ratios) >= min(_RATIOS, self._rules.min_calls)
+        self.slowness = median(ratio for _, ratio in self._ratios) if enough else None
 
     @property
     def error_share(self) -> float | None:
         """Share of failures, None below the least number of calls."""
         calls = len(self._outcomes)
         return self.failed / calls if calls >= self._rules.min_calls else None
-
-    @property
-    def slowness(self) -> float | None:
-        """Median ratio of observed to expected seconds, None below the least number of calls."""
-        if len(self._ratios) < min(_RATIOS, self._rules.min_calls):
-            return None
-        return median(ratio for _, ratio in self._ratios)
 
 
 class FleetHealth:

@@ -148,12 +148,16 @@ def read_hints(
     Parameters
     ----------
     headers
-        With case-insensitive look-up.
+        By name in lower case.
     payload
         Parsed body.
     sources
         Whose hints count, first hit wins.
     """
+    if not (
+        any(field in payload for field in _FIELDS) or any(name in headers for name in _HEADERS)
+    ):
+        return NO_HINTS  # most requests say nothing, and need not be asked source by source
     given: dict[str, tuple[str, Any]] = {}
     for source in sources:
         for field, name, value in _READERS[source](headers, payload):
@@ -266,6 +270,13 @@ def _tokens(value: Any) -> int | None:
     return round(number) if number is not None and 1 <= number <= _MOST_TOKENS else None
 
 
+_FIELDS = ("vllm_xargs", "nvext")
+_HEADERS = (
+    "x-almanac-priority", "x-almanac-deadline-s", "x-almanac-output-tokens",
+    "x-llm-d-slo-ttft-ms", "x-slo-ttft-ms", "x-llm-d-slo-tpot-ms", "x-slo-tpot-ms",
+    "x-smg-priority",
+)  # fmt: skip
+"""Where hints may be."""
 _VALUES = {
     "priority": _priority,
     "strict_priority": _priority,

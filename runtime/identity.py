@@ -111,7 +111,7 @@ def identify(
     Parameters
     ----------
     headers
-        With case-insensitive look-up.
+        By name in lower case.
     payload
         Parsed body.
     prompt
@@ -159,7 +159,7 @@ def _session(
     fields: Sequence[str],
 ) -> str:
     """Return the session's name; empty if nothing names it."""
-    for name in names:
+    for name in map(str.lower, names):
         value = headers.get(name)
         if value and name == "traceparent":
             value = _trace_id(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -17,11 +16,18 @@ from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http_exceptions import LineTooLong
 
+from runtime.timeouts import LearnedLimit, Watch
 from runtime.wire import ApiError
 
 __all__ = ["TimedConnector", "bind_problem", "open_session", "speak_openai"]
 
 _log = logging.getLogger(__name__)
+
+_CONNECT_FLOOR_S = 1.5
+"""Least limit on a connect: a full accept queue drops its first packet, and the second one follows
+after a second."""
+_CONNECTS_KNOWN = 5
+"""Connects after which their limit is learned."""
 
 
 def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.ClientSession:
@@ -35,13 +41,9 @@ def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.
         Wall seconds of silence between two reads of an answer, its first byte included. There is
         no limit on the whole: long answers are legitimate.
     """
-    connector = TimedConnector(limit=0, keepalive_timeout=30.0)
-    connector.tell = {}
     return aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=connect_timeout_s, sock_read=read_timeout_s
-        ),
+        connector=TimedConnector(connect_timeout_s),
+        timeout=aiohttp.ClientTimeout(total=None, sock_read=read_timeout_s),
         # Cookies of one client must not reach another; answers are passed on as they are.
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
@@ -50,17 +52,21 @@ def open_session(*, connect_timeout_s: float, read_timeout_s: float) -> aiohttp.
 
 
 class TimedConnector(aiohttp.TCPConnector):
-    """A pool that tells how long its connects take.
+    """A pool that limits each connect by how long those to the same address usually take.
 
-    aiohttp's own tracing would do it, too, at a tenth of what a request costs.
+    aiohttp's own tracing would tell, too, at a tenth of what a request costs; and its own limit
+    takes a connect that came about while this process stood still for one that did not.
 
-    Attributes
+    Parameters
     ----------
-    tell
-        (host, port) -> what is told the wall seconds of each connect to it.
+    connect_timeout_s
+        Longest connect, wall seconds.
     """
 
-    tell: dict[tuple[str | None, int | None], Callable[[float], None]]
+    def __init__(self, connect_timeout_s: float) -> None:
+        super().__init__(limit=0, keepalive_timeout=30.0)
+        self._connect_timeout_s = connect_timeout_s
+        self._limits: dict[tuple[str | None, int | None], LearnedLimit] = {}
 
     async def _create_connection(
         self,
@@ -68,10 +74,18 @@ class TimedConnector(aiohttp.TCPConnector):
         traces: list[Any],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the base class names it
     ) -> ResponseHandler:
+        address = req.url.host, req.url.port
+        limit = self._limits.get(address)
+        if limit is None:
+            limit = self._limits[address] = LearnedLimit(
+                multiple=3.0, floor_s=_CONNECT_FLOOR_S, cap_s=self._connect_timeout_s
+            )
+        known = limit.seen >= _CONNECTS_KNOWN
+        limit_s = limit.of(0.0) if known else self._connect_timeout_s
         begun_s = time.monotonic()
-        connection = await super()._create_connection(req, traces, timeout)
-        if (tell := self.tell.get((req.url.host, req.url.port))) is not None:
-            tell(time.monotonic() - begun_s)
+        async with Watch(lambda: begun_s + limit_s - time.monotonic()):
+            connection = await super()._create_connection(req, traces, timeout)
+        limit.learn(0.0, time.monotonic() - begun_s)
         return connection
 
 

@@ -7,7 +7,7 @@ workflow graph, so it knows joins, branches and loops.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from planner.dispatch.events import Call
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
@@ -18,6 +18,8 @@ from planner.graph.sampling import scenarios
 
 __all__ = ["Forecast", "Forecaster"]
 
+_SITES = 4096
+"""Call sites whose forecasts are kept; clients name them, so their number is bounded."""
 _SCENARIOS = 64
 """Sampled runs behind a criticality: a standard error of at most 0.06."""
 _OUTPUT_TOKEN_S = 0.02
@@ -107,9 +109,18 @@ class Forecaster:
                 criticality=self._critical.get(key, 1.0),
                 remaining_s=self._remaining.get(key, 0.0),
             )
+            if len(self._cache) >= _SITES:
+                self._cache.clear()
             self._cache[key] = forecast
+        tokens = forecast.output_tokens
         if call.hinted_tokens is not None:
-            forecast = replace(forecast, output_tokens=float(call.hinted_tokens))
-        if call.max_tokens is not None and forecast.output_tokens > call.max_tokens:
-            return replace(forecast, output_tokens=float(call.max_tokens))
-        return forecast
+            tokens = float(call.hinted_tokens)
+        if call.max_tokens is not None and tokens > call.max_tokens:
+            tokens = float(call.max_tokens)
+        if tokens == forecast.output_tokens:
+            return forecast
+        return Forecast(
+            output_tokens=tokens,
+            criticality=forecast.criticality,
+            remaining_s=forecast.remaining_s,
+        )

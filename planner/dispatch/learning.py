@@ -72,25 +72,33 @@ class Kept:
         }
 
 
-@dataclass(slots=True)
 class _Ratio:
-    """Observed over expected tokens of one site, pulled to one."""
+    """Observed over expected tokens of one site; ``value`` is their ratio, pulled to one."""
 
-    observed: float = 0.0
-    expected: float = 0.0
-    calls: float = 0.0
+    __slots__ = ("calls", "expected", "observed", "promised", "value")
 
-    @property
-    def value(self) -> float:
-        if not self.calls:
-            return 1.0
-        anchor = PRIOR_CALLS * self.expected / self.calls
-        return (anchor + self.observed) / (anchor + self.expected)
+    def __init__(
+        self,
+        promised: Sequence[float],
+        observed: float = 0.0,
+        expected: float = 0.0,
+        calls: float = 0.0,
+    ) -> None:
+        self.promised = promised  # the quantiles of the estimate table that are checked
+        self.observed, self.expected, self.calls = observed, expected, calls
+        self.value = 1.0
+        self._weigh()
 
     def update(self, expected: float, observed: float) -> None:
         self.observed = FORGETTING * self.observed + observed
         self.expected = FORGETTING * self.expected + expected
         self.calls = FORGETTING * self.calls + 1.0
+        self._weigh()
+
+    def _weigh(self) -> None:
+        if self.calls:
+            anchor = PRIOR_CALLS * self.expected / self.calls
+            self.value = (anchor + self.observed) / (anchor + self.expected)
 
 
 class CorrectedForecaster(Forecaster):
@@ -116,11 +124,13 @@ class CorrectedForecaster(Forecaster):
         ratio = self._ratios.get((call.workflow_hash, call.site))
         if ratio is None or call.hinted_tokens is not None:
             return forecast
-        limit = float("inf") if call.max_tokens is None else float(call.max_tokens)
-        factor = ratio.value
+        tokens = max(1.0, forecast.output_tokens * ratio.value)
+        if call.max_tokens is not None and tokens > call.max_tokens:
+            tokens = float(call.max_tokens)
         return Forecast(
-            output_tokens=min(limit, max(1.0, forecast.output_tokens * factor)),
+            output_tokens=tokens,
             criticality=forecast.criticality,
+            remaining_s=forecast.remaining_s,
         )
 
     def observe(self, call: Call, output_tokens: int) -> None:
@@ -128,14 +138,20 @@ class CorrectedForecaster(Forecaster):
         if call.hinted_tokens is not None:
             return
         key = (call.workflow_hash, call.site)
-        ratio = self._ratios.setdefault(key, _Ratio())
-        self._ratios.move_to_end(key)
-        if len(self._ratios) > SITES:
-            self._ratios.popitem(last=False)
+        ratio = self._ratios.get(key)
+        if ratio is None:
+            ratio = self._ratios[key] = _Ratio(self._promised(*key))
+            if len(self._ratios) > SITES:
+                self._ratios.popitem(last=False)
+        else:
+            self._ratios.move_to_end(key)
         ratio.update(self._base.of(call).output_tokens, output_tokens)
-        quantiles = self.estimates.site(*key).output_tokens
-        for kept in self.kept:
-            kept.update(quantiles.at(kept.tracker.level), output_tokens)
+        for kept, promised in zip(self.kept, ratio.promised, strict=True):
+            kept.update(promised, output_tokens)
+
+    def _promised(self, workflow_hash: str, site: str) -> tuple[float, ...]:
+        quantiles = self.estimates.site(workflow_hash, site).output_tokens
+        return tuple(quantiles.at(kept.tracker.level) for kept in self.kept)
 
     def to_json(self) -> list[list[Any]]:
         """Return the corrections by call site, JSON-ready."""
@@ -154,7 +170,8 @@ class CorrectedForecaster(Forecaster):
         """
         for workflow_hash, site, *numbers in rows:
             observed, expected, calls = (float(number) for number in numbers)
-            self._ratios[str(workflow_hash), str(site)] = _Ratio(observed, expected, calls)
+            key = str(workflow_hash), str(site)
+            self._ratios[key] = _Ratio(self._promised(*key), observed, expected, calls)
 
 
 @dataclass(slots=True)

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from planner.domain.latency import LatencyRow
+
 if TYPE_CHECKING:
     from planner.dispatch.view import EndpointState, Resident
 
@@ -46,6 +48,7 @@ _GRID = np.sqrt(2.0) ** np.arange(44)
 _KNOTS = len(_GRID)
 _WIDTH = 8
 """Places for residents that an endpoint begins with."""
+_OWN_ROWS = 5
 ROWS = 12
 (
     BASE, PREFILL, IMPOSED_PREFILL, SQUARE, IMPOSED_SQUARE, STEP, CONTEXT, IMPOSED_STEP,
@@ -113,6 +116,9 @@ class Loads:
         self.imposed: Floats = np.zeros((_KNOTS, size))
         self.least_room_tokens = math.inf
         self.total = 0
+        self._known: list[LatencyRow | None] = [None] * size
+        self._own = array("d", bytes(8 * _OWN_ROWS * size))
+        self._alone: Floats = np.frombuffer(self._own).reshape(_OWN_ROWS, size)
         self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
         self._tokens_per_s: Floats = np.frombuffer(self._pace)
         self._slots = np.array([state.endpoint.max_num_seqs for state in states])
@@ -171,6 +177,8 @@ class Loads:
         index, calls = state.index, state.in_flight
         row, endpoint, context = state.latency, state.endpoint, state.context_tokens
         slots, scale = endpoint.max_num_seqs, row.scale
+        if row is not self._known[index]:
+            self._learn(index, row)
         per_token = scale * row.prefill_us_per_token * 1e-6
         per_square = scale * row.prefill_ns_per_token_sq * 1e-9
         fixed = scale * row.decode_base_ms * 1e-3
@@ -212,6 +220,28 @@ class Loads:
         self._calls[index] = calls
         self._weights[index] = weight
         self._pace[index] = 1.0 / (step + per_kv * context / max(calls, 1))
+
+    def _learn(self, index: int, row: LatencyRow) -> None:
+        """Note what a call takes alone on an endpoint whose row is a new one."""
+        self._known[index] = row
+        size, scale = len(self._states), row.scale
+        for place, value in enumerate(
+            (
+                scale * row.prefill_base_ms * 1e-3,
+                scale * row.prefill_us_per_token * 1e-6,
+                scale * row.prefill_ns_per_token_sq * 1e-9,
+                scale * (row.decode_base_ms * 1e-3 + row.decode_us_per_call * 1e-6),
+                scale * row.decode_ns_per_kv_token * 1e-9,
+            )
+        ):
+            self._own[place * size + index] = value
+
+    def alone_s(self, prompt_tokens: float, output_tokens: float) -> Floats:
+        """Return the seconds of a call alone on each endpoint, nothing cached; (endpoints,)."""
+        context = prompt_tokens + output_tokens / 2
+        features = (1.0, prompt_tokens, prompt_tokens**2, output_tokens, output_tokens * context)
+        seconds: Floats = np.array(features) @ self._alone
+        return seconds
 
     def prefill_of(self, index: int) -> tuple[float, float, float]:
         """Return one endpoint's c' and b, s per squared token and per token, and ``weight``."""

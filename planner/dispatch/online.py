@@ -245,6 +245,7 @@ class OnlineLatency:
         self._matrix = np.zeros((6, 6))
         self._vector = np.zeros(6)
         self._reference = _coefficients(prior)
+        self._usual: LatencyRow | None = None
         self._above_since: float | None = None
         self._last_s = 0.0
         self._solved = True
@@ -274,7 +275,9 @@ class OnlineLatency:
         """The row that drift is measured against, None until enough was seen to know it."""
         if self.observations < LEARNING:
             return None
-        return _row(self._reference, self._unit)
+        if self._usual is None:
+            self._usual = _row(self._reference, self._unit)
+        return self._usual
 
     @property
     def drifting(self) -> bool:
@@ -319,6 +322,7 @@ class OnlineLatency:
     def accept(self) -> None:
         """Take the present speed as the normal one: drift is measured against it from now on."""
         self._reference = self._now().copy()
+        self._usual = None
         self.ratio = 1.0
         self._above_since = None
 

@@ -227,7 +227,9 @@ class FleetView:
         The whole fleet as bits, see `matches`.
     """
 
-    __slots__ = ("_candidates", "_holders", "_rooms", "_spreads", "_states", "everyone", "loads")
+    __slots__ = (
+        "_candidates", "_holders", "_models", "_rooms", "_spreads", "_states", "everyone", "loads",
+    )  # fmt: skip
 
     def __init__(self, states: Sequence[EndpointState]) -> None:
         self.states = tuple(states)
@@ -242,6 +244,7 @@ class FleetView:
         self._states = states
         self._candidates: dict[tuple[str | None, int], Candidates] = {}
         self._rooms: dict[str | None, list[int]] = {}
+        self._models: dict[str | None, tuple[npt.NDArray[np.intp] | slice, int]] = {}
         self._spreads: dict[int, npt.NDArray[np.bool_]] = {}
         self._holders: Holders = {}
         self.everyone = (1 << len(states)) - 1
@@ -289,6 +292,39 @@ class FleetView:
             )
         if exclude:
             return Candidates.of((one for one in found if one.index not in exclude), self)
+        return found
+
+    def room_tokens(self, model: str | None) -> int:
+        """Return the longest sequence an endpoint of a model can hold, be it up or down.
+
+        Raises
+        ------
+        ValueError
+            If no endpoint serves the model.
+        """
+        return self._of_model(model)[1]
+
+    def alone_s(self, model: str | None, prompt_tokens: float, output_tokens: float) -> float:
+        """Return the seconds of a call alone on the endpoint of its model that is best for it.
+
+        Raises
+        ------
+        ValueError
+            If no endpoint serves the model.
+        """
+        seconds = self.loads.alone_s(prompt_tokens, output_tokens)
+        return float(seconds[self._of_model(model)[0]].min())
+
+    def _of_model(self, model: str | None) -> tuple[npt.NDArray[np.intp] | slice, int]:
+        """Return where the endpoints of a model are, and the longest sequence one can hold."""
+        found = self._models.get(model)
+        if found is None:
+            serving = [s for s in self._states if model is None or s.endpoint.model == model]
+            room = max(state.most_tokens for state in serving)
+            places: npt.NDArray[np.intp] | slice = slice(None)
+            if len(serving) < len(self._states):
+                places = np.array([state.index for state in serving], dtype=np.intp)
+            found = self._models[model] = places, room
         return found
 
     def occupancy(self, candidates: Sequence[EndpointState]) -> float:

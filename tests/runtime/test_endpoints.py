@@ -7,6 +7,7 @@ import socket
 from contextlib import asynccontextmanager
 
 import pytest
+from aiohttp import TCPConnector
 
 from runtime.endpoints import EndpointLink
 from runtime.links import EndpointBroken, EndpointUnreachable
@@ -37,8 +38,8 @@ async def raw_server(answer, *, linger=None):
 @pytest.fixture
 def link_to(fleet_of, urls_of):
     @asynccontextmanager
-    async def connect(url, read_timeout_s=5.0):
-        session = open_session(connect_timeout_s=1.0, read_timeout_s=read_timeout_s)
+    async def connect(url, read_timeout_s=5.0, connect_timeout_s=1.0):
+        session = open_session(connect_timeout_s=connect_timeout_s, read_timeout_s=read_timeout_s)
         async with session:
             yield EndpointLink(urls_of(fleet_of(1), [url]).endpoints[0], session)
 
@@ -113,3 +114,15 @@ def test_bind_problems_are_told_in_few_words():
     """The reason is the system's, not the library's sentence around it."""
     assert bind_problem(OSError(98, "error while attempting to bind")) == "address already in use"
     assert bind_problem(socket.gaierror(-2, "Name or service not known")).startswith("Name")
+
+
+async def test_a_connect_that_never_comes_about_is_given_up(link_to, monkeypatch):
+    """A host that answers no connect costs the limit on connects, not the one on answers."""
+
+    async def never(*_details):
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(TCPConnector, "_create_connection", never)
+    async with link_to("http://127.0.0.1:9", connect_timeout_s=0.01) as link:
+        with pytest.raises(EndpointBroken, match="ConnectionTimeoutError"):
+            await link.send("/v1/x", b"{}", {})
