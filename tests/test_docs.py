@@ -25,7 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_shows_the_help_as_it_is() -> None:
-    """The block under "Use" is what `almanac --help` prints."""
+    """The block under "Commands" is what `almanac --help` prints."""
     assert run("--help").stdout.strip() in README
 
 
