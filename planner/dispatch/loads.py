@@ -73,6 +73,21 @@ def _share(tokens: float, weight: float) -> Floats:
     return share
 
 
+class _Seconds:
+    """A latency row in seconds; ``base`` is what a prefill takes beyond a step when idle."""
+
+    __slots__ = ("base", "fixed", "per_kv", "per_square", "per_token", "row", "slope")
+
+    def __init__(self, row: LatencyRow) -> None:
+        self.row = row
+        self.per_token = row.scale * row.prefill_us_per_token * 1e-6
+        self.per_square = row.scale * row.prefill_ns_per_token_sq * 1e-9
+        self.fixed = row.scale * row.decode_base_ms * 1e-3
+        self.slope = row.scale * row.decode_us_per_call * 1e-6
+        self.per_kv = row.scale * row.decode_ns_per_kv_token * 1e-9
+        self.base = max(0.0, row.scale * row.prefill_base_ms * 1e-3 - self.fixed)
+
+
 class Loads:
     """Struct of arrays over endpoints and their residents.
 
@@ -116,7 +131,7 @@ class Loads:
         self.imposed: Floats = np.zeros((_KNOTS, size))
         self.least_room_tokens = math.inf
         self.total = 0
-        self._known: list[LatencyRow | None] = [None] * size
+        self._seconds: list[_Seconds | None] = [None] * size
         self._own = array("d", bytes(8 * _OWN_ROWS * size))
         self._alone: Floats = np.frombuffer(self._own).reshape(_OWN_ROWS, size)
         self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
@@ -176,20 +191,17 @@ class Loads:
         """Derive an endpoint's coefficients from its counters and its latency row."""
         index, calls = state.index, state.in_flight
         row, endpoint, context = state.latency, state.endpoint, state.context_tokens
-        slots, scale = endpoint.max_num_seqs, row.scale
-        if row is not self._known[index]:
-            self._learn(index, row)
-        per_token = scale * row.prefill_us_per_token * 1e-6
-        per_square = scale * row.prefill_ns_per_token_sq * 1e-9
-        fixed = scale * row.decode_base_ms * 1e-3
-        slope = scale * row.decode_us_per_call * 1e-6
-        per_kv = scale * row.decode_ns_per_kv_token * 1e-9
+        slots, seconds = endpoint.max_num_seqs, self._seconds[index]
+        if seconds is None or seconds.row is not row:
+            seconds = self._learn(index, row)
+        per_token, per_square, per_kv = seconds.per_token, seconds.per_square, seconds.per_kv
+        fixed, slope = seconds.fixed, seconds.slope
         base = later = turn = 0.0
         if calls < slots:
             step = fixed + slope * (calls + 1) + per_kv * context
             room = endpoint.kv_tokens - context
             if not calls:
-                base = max(0.0, scale * row.prefill_base_ms * 1e-3 - fixed)
+                base = seconds.base
                 room = math.inf
             self.imposed[:, index] = self._delay[index]
         else:
@@ -202,17 +214,13 @@ class Loads:
         queued = state.prefill_tokens
         cells, size = self._cells, len(self._states)
         cells[index] = base
-        cells[PREFILL * size + index] = per_token
         cells[IMPOSED_PREFILL * size + index] = weight * per_token
-        cells[SQUARE * size + index] = per_square
         cells[IMPOSED_SQUARE * size + index] = weight * per_square
         cells[STEP * size + index] = step
-        cells[CONTEXT * size + index] = per_kv
         cells[IMPOSED_STEP * size + index] = later * step
         cells[IMPOSED_CONTEXT * size + index] = later * per_kv
         cells[TURN_STEP * size + index] = turn * step
         cells[TURN_CONTEXT * size + index] = turn * per_kv
-        cells[SLOPE * size + index] = slope
         self._queue[index] = queued * (per_token + per_square * queued) if queued > 0 else 0.0
         self._room[index] = room
         self.least_room_tokens = min(room, self.least_room_tokens)
@@ -221,20 +229,28 @@ class Loads:
         self._weights[index] = weight
         self._pace[index] = 1.0 / (step + per_kv * context / max(calls, 1))
 
-    def _learn(self, index: int, row: LatencyRow) -> None:
-        """Note what a call takes alone on an endpoint whose row is a new one."""
-        self._known[index] = row
-        size, scale = len(self._states), row.scale
+    def _learn(self, index: int, row: LatencyRow) -> _Seconds:
+        """Take up the row of an endpoint, which changes far less often than its load."""
+        seconds = self._seconds[index] = _Seconds(row)
+        size = len(self._states)
+        for place, value in (
+            (PREFILL, seconds.per_token),
+            (SQUARE, seconds.per_square),
+            (CONTEXT, seconds.per_kv),
+            (SLOPE, seconds.slope),
+        ):
+            self._cells[place * size + index] = value
         for place, value in enumerate(
             (
-                scale * row.prefill_base_ms * 1e-3,
-                scale * row.prefill_us_per_token * 1e-6,
-                scale * row.prefill_ns_per_token_sq * 1e-9,
-                scale * (row.decode_base_ms * 1e-3 + row.decode_us_per_call * 1e-6),
-                scale * row.decode_ns_per_kv_token * 1e-9,
+                row.scale * row.prefill_base_ms * 1e-3,
+                seconds.per_token,
+                seconds.per_square,
+                seconds.fixed + seconds.slope,
+                seconds.per_kv,
             )
         ):
             self._own[place * size + index] = value
+        return seconds
 
     def alone_s(self, prompt_tokens: float, output_tokens: float) -> Floats:
         """Return the seconds of a call alone on each endpoint, nothing cached; (endpoints,)."""

@@ -23,7 +23,6 @@ from enum import Enum
 from typing import TypedDict
 
 from planner.dispatch.events import (
-    BranchTaken,
     Call,
     CallArrived,
     CallCancelled,
@@ -36,12 +35,7 @@ from planner.dispatch.events import (
     FirstToken,
     Hold,
     PrefillFinished,
-    RunEnded,
-    RunStarted,
     Send,
-    Tick,
-    ToolFinished,
-    ToolStarted,
 )
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.learning import CorrectedForecaster, FleetLearner
@@ -149,7 +143,6 @@ class Router:
         self._where: dict[str, EndpointState] = {}
         self._prefills: dict[str, EndpointState] = {}  # the other end, while it has work
         self._held: dict[str, CallArrived] = {}
-        self._runs: dict[str, int] = {}
 
     def refit(self, fleet: Fleet) -> None:
         """Take up a changed fleet: endpoints keep their index, new ones come at the end.
@@ -191,10 +184,6 @@ class Router:
                 return self._arrive(event)
             case PrefillFinished() | FirstToken() | CallFinished() | CallFailed() | CallCancelled():
                 self._advance(event)
-            case RunStarted():
-                self._runs[event.run_id] = self._runs.get(event.run_id, 0)
-            case RunEnded():
-                self._runs.pop(event.run_id, None)
             case EndpointDown():
                 self.view.states[event.endpoint].healthy = False
             case EndpointUp():
@@ -204,7 +193,7 @@ class Router:
                     state.prefix.clear()
                 if self._order is None:
                     commands = self._release(self._stranded(), event.now_s)
-            case ToolStarted() | ToolFinished() | BranchTaken() | Tick():
+            case _:  # runs, tools, branches and ticks concern policies only
                 pass
         if self._observe is not None:
             self._observe(event, self.view)
