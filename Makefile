@@ -39,6 +39,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python tests/benchmarks/bench_dispatch.py
 	$(BIN)/python tests/benchmarks/bench_runtime.py
+	$(BIN)/almanac study --smoke --no-resume --json --out out/study-smoke
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info
