@@ -212,15 +212,16 @@ class Attempts:
 
     async def _start(self, seat: Seat) -> Begun | None:
         """Return what began of an attempt or of its hedge, or None if both failed."""
-        with contextlib.ExitStack() as held:
-            held.enter_context(seat)
+        begun: Begun | None = None
+        try:
             patience = self._case.patience(seat, attempt=self.sent - 1, exclude=self._exclude)
             if self._request.stream and self._desk.hedges.share:
                 begun = await self._hedged(seat, patience)
             else:
                 begun = await self._open(seat, patience)
-            if begun is not None and begun.seat is seat:
-                held.pop_all()  # what began settles it
+        finally:
+            if begun is None or begun.seat is not seat:  # else what began settles it
+                seat.__exit__(None, None, None)
         return begun
 
     async def _hedged(self, seat: Seat, patience: Patience) -> Begun | None:

@@ -275,8 +275,10 @@ class _Window:
 
     def _weigh(self) -> None:
         """Find the slowness anew; it is read far more often than it changes."""
-        enough = len(self._ratios) >= min(_RATIOS, self._rules.min_calls)
-        self.slowness = median(ratio for _, ratio in self._ratios) if enough else None
+        ratios = sorted([ratio for _, ratio in self._ratios])
+        enough = len(ratios) >= min(_RATIOS, self._rules.min_calls)
+        middle = len(ratios) // 2
+        self.slowness = 0.5 * (ratios[middle] + ratios[~middle]) if enough else None
 
     @property
     def error_share(self) -> float | None:
@@ -352,7 +354,12 @@ class FleetHealth:
         They are half-open, while another endpoint of the model is closed. `trial` says when one
         of them is due a call all the same.
         """
-        half = [i for i in self._of(model) if self.breakers[i].state is State.HALF_OPEN]
+        trying = State.HALF_OPEN
+        half = [
+            index
+            for index, breaker in enumerate(self.breakers)
+            if breaker.state is trying and (model is None or self._models[index] == model)
+        ]
         if not half or not self._any_closed(model):
             return frozenset()
         return frozenset(half)

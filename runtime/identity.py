@@ -30,6 +30,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from runtime.fingerprint import Prompt
@@ -57,6 +58,7 @@ _AGENT_HEADERS = ("x-almanac-agent-id", "x-claude-code-agent-id")
 _PARENT_HEADERS = ("x-almanac-parent-run-id", "x-parent-session-id")
 _PARENT_AGENT_HEADERS = ("x-claude-code-parent-agent-id",)
 _FINAL_HEADERS = ("x-almanac-run-final", "x-dynamo-session-final")
+_CONTEXT = ("vllm_xargs", "agentic_context")
 _LONGEST = 200
 """Characters of an identity that are kept; a longer one is cut."""
 _LARGEST = 1_000_000
@@ -119,8 +121,8 @@ def identify(
     session_headers, session_fields
         Where a session may be named, first hit wins; dots lead inside a field.
     """
-    session = _session(headers, payload, session_headers, session_fields)
-    context = _inside(payload, ("vllm_xargs", "agentic_context"))
+    session = _session(headers, payload, *_places(tuple(session_headers), tuple(session_fields)))
+    context = _inside(payload, _CONTEXT) if _CONTEXT[0] in payload else None
     context = context if isinstance(context, dict) else {}
     agent = _first(headers, _AGENT_HEADERS)
     parent = _first(headers, _PARENT_HEADERS) or _clip(context.get("parent_program_id"))
@@ -152,21 +154,29 @@ def identify(
     )
 
 
+@lru_cache(maxsize=8)
+def _places(
+    headers: tuple[str, ...], fields: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return the names of headers in lower case, and the ways to fields, name by name."""
+    return tuple(map(str.lower, headers)), tuple(tuple(field.split(".")) for field in fields)
+
+
 def _session(
     headers: Mapping[str, str],
     payload: Mapping[str, Any],
     names: Sequence[str],
-    fields: Sequence[str],
+    fields: Sequence[Sequence[str]],
 ) -> str:
     """Return the session's name; empty if nothing names it."""
-    for name in map(str.lower, names):
+    for name in names:
         value = headers.get(name)
         if value and name == "traceparent":
             value = _trace_id(value)
         if value:
             return value[:_LONGEST]
-    for field in fields:
-        if found := _clip(_inside(payload, field.split("."))):
+    for way in fields:
+        if way[0] in payload and (found := _clip(_inside(payload, way))):
             return found
     return ""
 

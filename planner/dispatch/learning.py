@@ -115,11 +115,18 @@ class CorrectedForecaster(Forecaster):
         self.workflows = base.workflows
         self._base = base
         self._ratios: OrderedDict[tuple[str, str], _Ratio] = OrderedDict()
+        self._asked: Call | None = None
+        self._answer: Forecast
         self.kept = [Kept(QuantileTracker(level=level)) for level in (0.5, 0.9)]
         """Coverage of the estimate table's length quantiles, over all sites."""
 
     def of(self, call: Call) -> Forecast:
         """Return the corrected forecast of a call; a declared ``max_tokens`` caps it."""
+        if call is not self._asked:  # a decision asks several times
+            self._asked, self._answer = call, self._correct(call)
+        return self._answer
+
+    def _correct(self, call: Call) -> Forecast:
         forecast = self._base.of(call)
         ratio = self._ratios.get((call.workflow_hash, call.site))
         if ratio is None or call.hinted_tokens is not None:
@@ -135,6 +142,7 @@ class CorrectedForecaster(Forecaster):
 
     def observe(self, call: Call, output_tokens: int) -> None:
         """Learn from the length of a finished call; one with a hint says little of the others."""
+        self._asked = None
         if call.hinted_tokens is not None:
             return
         key = (call.workflow_hash, call.site)
@@ -168,6 +176,7 @@ class CorrectedForecaster(Forecaster):
         ValueError, TypeError
             If they are something else.
         """
+        self._asked = None
         for workflow_hash, site, *numbers in rows:
             observed, expected, calls = (float(number) for number in numbers)
             key = str(workflow_hash), str(site)

@@ -242,8 +242,9 @@ class OnlineLatency:
         # A zero in the prior is a small number unsure of itself, not a prohibition.
         self._unit = np.maximum(_coefficients(prior), 0.1 * _UNITS)
         self._unknowns = np.ones(7)
-        self._matrix = np.zeros((6, 6))
-        self._vector = np.zeros(6)
+        # Of the quadratic: its matrix, and its vector as the last row.
+        self._sums = np.zeros((7, 6))
+        self._seen = np.zeros(7)  # counts in units, and seconds, of the present observation
         self._reference = _coefficients(prior)
         self._usual: LatencyRow | None = None
         self._above_since: float | None = None
@@ -301,17 +302,15 @@ class OnlineLatency:
             return
         # An answer that was buffered on its way comes at once; relative to next to nothing it would
         # outweigh all others.
-        scaled = counts * self._unit
+        seen = self._seen
+        scaled = np.multiply(counts, self._unit, out=seen[:6])
+        seen[6] = seconds
         now = float(scaled @ self._unknowns[:6])
         whole = max(seconds, now / LEVERAGE)
-        target = seconds / whole
-        error = abs(now / whole - target)
+        error = abs(now - seconds) / whole
         weight = min(1.0, HUBER / max(error, 1e-12)) if self.observations >= 10 else 1.0
-        weighed = scaled * (weight / (whole * whole))
-        self._matrix *= self.forgetting
-        self._matrix += scaled[:, None] * weighed
-        self._vector *= self.forgetting
-        self._vector += (seconds * weight / (whole * whole)) * scaled
+        self._sums *= self.forgetting
+        self._sums += seen[:, None] * (scaled * (weight / (whole * whole)))
         self._solved = False
         self.observations += 1
         if watch:
@@ -344,8 +343,8 @@ class OnlineLatency:
     def _solve(self) -> None:
         """Minimise the quadratic over unknowns >= 0."""
         matrix = _PULL.copy()
-        matrix[:6, :6] += self._matrix
-        vector = np.append(self._vector, 1.0)
+        matrix[:6, :6] += self._sums[:6]
+        vector = np.append(self._sums[6], 1.0)
         self._unknowns = non_negative(matrix, vector, self._unknowns > 0.0)
         self._solved = True
 

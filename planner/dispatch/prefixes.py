@@ -164,8 +164,11 @@ class PrefixIndex:
             items[last] = (size - top) * item_tokens
             self._held += items[last]
             holders[last] = holders.get(last, 0) | bit
+        gap, tokens = 0, 0.0
         for place in range(count - 1, old - 1, -1):
-            tokens = (_DEPTHS[place] - (_DEPTHS[place - 1] if place else 0)) * item_tokens
+            between = _DEPTHS[place] - (_DEPTHS[place - 1] if place else 0)
+            if between != gap:  # most are the same, and so is the number that is kept of them
+                gap, tokens = between, between * item_tokens
             anchor = anchors[place]
             # None of these is held, unless the chain was made up.
             self._held += tokens - items.pop(anchor, 0.0)
