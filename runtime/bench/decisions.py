@@ -1,9 +1,11 @@
 """Decisions in process: a router in the middle of its work, timed call by call.
 
-The fleet has 64 endpoints and 1,000 active runs, each with a call in flight whose prompt begins
-with its workflow's text and goes on with its own. A decision is a whole `Router.handle` of the next
-turn of one of them under policy ``almanac`` with a table; then the call it follows ends. Times are
-of the processor, so that what else runs on the machine does not count as waiting.
+The fleet has 64 endpoints and 1,000 active runs (fewer of both in the same proportion, where asked
+for), each with a call in flight whose prompt begins with its workflow's text and goes on with its
+own. A decision is a whole `Router.handle` of the next turn of one of them under a policy, with a
+table if it is ``almanac``; then the call it follows ends. Times are of the processor, so that what
+else runs on the machine does not count as waiting; it still slows the caches, so measure on a
+machine that is idle.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,18 +29,19 @@ from planner.domain.fleet import Endpoint, Fleet, load_fleet
 from planner.domain.ids import EndpointId
 from runtime.bench.figures import Figure, quantile
 
-__all__ = ["decision_figures", "decision_us"]
+__all__ = ["BOUNDS", "Load", "decision_figures", "decision_us", "table_rows"]
 
+BOUNDS = (0.5, 1.0, 2.0, math.inf)
+"""Of the load buckets of a table."""
 _ENDPOINTS, _SLOTS, _RUNS = 64, 32, 1000
 _HEAD, _HISTORY, _TURN, _LONGEST = 40, 120, 12, 500
 """Items of a prompt: the workflow's text, a run's history at first, what a turn adds; most."""
 _ITEM_TOKENS = 16
-_BOUNDS = (0.5, 1.0, 2.0, math.inf)
 
 
 def decision_figures(decisions: int) -> Iterator[Figure]:
     """Yield p50 and p99 of a decision, and p50 by the size of the graph."""
-    took = decision_us(decisions, sites=50)
+    took = decision_us(decisions)
     yield Figure.at_most("decision_p50", quantile(took, 0.5), "us", 20.0)
     yield Figure.at_most("decision_p99", quantile(took, 0.99), "us", 100.0)
     by_size = {}
@@ -47,69 +51,112 @@ def decision_figures(decisions: int) -> Iterator[Figure]:
     yield Figure.at_most("decision_p50_graph_1000_over_1", by_size[1000] / by_size[1], "x", 1.5)
 
 
-def decision_us(decisions: int, *, sites: int) -> list[float]:
+def decision_us(
+    decisions: int,
+    *,
+    endpoints: int = _ENDPOINTS,
+    slots: int = _SLOTS,
+    sites: int = 50,
+    policy: str = "almanac",
+    instead: Callable[[Router, CallArrived], object] | None = None,
+) -> list[float]:
     """Return what each of a number of decisions took, microseconds.
 
     Parameters
     ----------
-    sites
-        Call sites of the workflow, each with rows in the dispatch table.
+    endpoints, slots, sites, policy
+        See `Load`.
+    instead
+        What is timed instead of the decision, just before it.
     """
-    load = _Load(sites)
+    load = Load(endpoints, slots=slots, sites=sites, policy=policy)
+    took: list[float] = []
+
+    def act(event: CallArrived) -> None:
+        begun = time.thread_time_ns()
+        if instead is None:
+            load.router.handle(event)
+        else:
+            instead(load.router, event)
+        took.append((time.thread_time_ns() - begun) / 1e3)
+        if instead is not None:
+            load.router.handle(event)
+
     # What lives long is not collected again with each of the few calls measured.
     gc.collect()
     gc.freeze()
     try:
-        return [load.turn() for _ in range(decisions)]
+        for _ in range(decisions):
+            load.turn(act)
     finally:
         gc.unfreeze()
+    return took
 
 
-class _Load:
-    """A router in the middle of its work."""
+class Load:
+    """A router in the middle of its work.
 
-    def __init__(self, sites: int) -> None:
-        fleet = _fleet()
-        ids = tuple(str(endpoint.id) for endpoint in fleet.endpoints)
+    Parameters
+    ----------
+    endpoints
+        In the fleet; there are as many runs for each as a thousand are for 64.
+    slots
+        Of each endpoint.
+    sites
+        Call sites of the workflow, each with rows in the dispatch table.
+    policy
+        Its name.
+
+    Attributes
+    ----------
+    router
+        As it is now.
+    """
+
+    def __init__(
+        self,
+        endpoints: int = _ENDPOINTS,
+        *,
+        slots: int = _SLOTS,
+        sites: int = 50,
+        policy: str = "almanac",
+    ) -> None:
+        fleet = _fleet(endpoints, slots)
+        parameters: dict[str, Any] = {}
+        if policy == "almanac":
+            ids = tuple(str(endpoint.id) for endpoint in fleet.endpoints)
+            parameters["table"] = DispatchTable(
+                fleet_hash=fleet.content_hash(),
+                endpoints=ids,
+                bounds=BOUNDS,
+                rows=tuple(table_rows(ids, workflows=1, sites=sites)),
+            )
         self._rng = np.random.default_rng(1)
-        table = DispatchTable(
-            fleet_hash=fleet.content_hash(),
-            endpoints=ids,
-            bounds=_BOUNDS,
-            rows=tuple(self._rows(ids, sites)),
-        )
         self._sites = sites
-        self._router = Router(
-            fleet, make_policy("almanac", table=table), Forecaster(EstimateTable())
-        )
+        self.router = Router(fleet, make_policy(policy, **parameters), Forecaster(EstimateTable()))
         self._now_s = 0.0
         heads = [self._items(_HEAD) for _ in range(8)]
         self._running: list[Call] = []
-        for run in range(_RUNS):
+        for run in range(round(endpoints * _RUNS / _ENDPOINTS)):
             call = self._call(f"r{run}", heads[run % 8] + self._items(_HISTORY), 0)
-            self._router.handle(CallArrived(call=call, now_s=0.0))
+            self.router.handle(CallArrived(call=call, now_s=0.0))
             self._running.append(call)
             if run % 4:
-                self._router.handle(FirstToken(call_id=call.call_id, now_s=0.0))
+                self.router.handle(FirstToken(call_id=call.call_id, now_s=0.0))
 
-    def turn(self) -> float:
-        """End the call that is oldest, place the one that follows it; return its microseconds."""
+    def turn(self, act: Callable[[CallArrived], object]) -> None:
+        """End the call that is oldest and let ``act`` place the one that follows it."""
         self._now_s += 0.004  # 250 calls a second
         last = self._running.pop(0)
         prefix = last.prefix + self._items(_TURN)
         if len(prefix) > _LONGEST:
             prefix = prefix[:_HEAD] + self._items(_HISTORY)  # another run of the workflow
         call = self._call(last.run_id, prefix, last.visit + 1)
-        done = CallFinished(call_id=last.call_id, now_s=self._now_s, output_tokens=100)
-        self._router.handle(done)
-        event = CallArrived(call=call, now_s=self._now_s)
-        begun = time.thread_time_ns()
-        self._router.handle(event)
-        took_us = (time.thread_time_ns() - begun) / 1e3
+        self.router.handle(CallFinished(call_id=last.call_id, now_s=self._now_s, output_tokens=100))
+        act(CallArrived(call=call, now_s=self._now_s))
         self._running.append(call)
         if self._rng.random() < 0.75:
-            self._router.handle(FirstToken(call_id=call.call_id, now_s=self._now_s))
-        return took_us
+            self.router.handle(FirstToken(call_id=call.call_id, now_s=self._now_s))
 
     def _items(self, count: int) -> tuple[int, ...]:
         """Return items that no other prompt has."""
@@ -126,27 +173,39 @@ class _Load:
             visit=turn,
         )
 
-    def _rows(self, ids: Sequence[str], sites: int) -> Iterator[Row]:
+
+def table_rows(endpoints: Sequence[str], *, workflows: int, sites: int) -> Iterator[Row]:
+    """Yield rows like those of `compile_table`: numbers of four and five decimals."""
+    rng = np.random.default_rng(0)
+    for workflow in range(workflows):
         for site in range(sites):
-            for bucket, bound in enumerate(_BOUNDS):
-                numbers = self._rng.random((len(ids), 3)).tolist()
+            for bucket, bound in enumerate(BOUNDS):
+                numbers = rng.random((len(endpoints), 3)).tolist()
+                ranked = tuple(
+                    Ranked(
+                        endpoint=name,
+                        cost_s=round(9 * cost, 4),
+                        share=round(share, 4),
+                        price=round(price, 5),
+                    )
+                    for name, (cost, share, price) in zip(endpoints, numbers, strict=True)
+                )
                 yield Row(
-                    workflow_hash="w0",
+                    workflow_hash=f"w{workflow}",
                     site=f"n{site}#0",
                     bucket=bucket,
-                    valid_from=_BOUNDS[bucket - 1] if bucket else 0.0,
+                    valid_from=BOUNDS[bucket - 1] if bucket else 0.0,
                     valid_to=bound,
-                    ranked=tuple(
-                        Ranked(endpoint=name, cost_s=9 * cost, share=share, price=price)
-                        for name, (cost, share, price) in zip(ids, numbers, strict=True)
-                    ),
+                    ranked=ranked,
+                    reason=f"planned for {workflow} runs/s, gap 1.0%; {endpoints[0]} takes "
+                    f"{ranked[0].share:.0%}",
                 )
 
 
-def _fleet() -> Fleet:
+def _fleet(count: int, slots: int) -> Fleet:
     """Return the demo fleet, repeated."""
     base = load_fleet(data_dir() / "fleets" / "demo.yaml").endpoints
-    kinds = [base[number % len(base)] for number in range(_ENDPOINTS)]
+    kinds = [base[number % len(base)] for number in range(count)]
     return Fleet(
         name="bench",
         endpoints=tuple(
@@ -155,8 +214,8 @@ def _fleet() -> Fleet:
                 model=kind.model,
                 gpu=kind.gpu,
                 latency=kind.latency,
-                kv_blocks=_SLOTS * 500,
-                max_num_seqs=_SLOTS,
+                kv_blocks=slots * 500,
+                max_num_seqs=slots,
             )
             for number, kind in enumerate(kinds)
         ),
