@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -121,6 +122,9 @@ def run(args: argparse.Namespace) -> int:
                 _say(f"warning: no answer from {silent}; looking again until they come up")
             if config.gateway.dashboard:
                 _say(f"live view: {server.address}/dashboard")
+            # What is here by now stays: collections while serving need not look at it again.
+            gc.collect()
+            gc.freeze()
             _say(f"ready: {server.address}, policy {launch.policy}")
             async with contextlib.AsyncExitStack() as beside:
                 if replan is not None:

@@ -174,8 +174,11 @@ class PrefixIndex:
             self._held += tokens - items.pop(anchor, 0.0)
             items[anchor] = tokens
             holders[anchor] = holders.get(anchor, 0) | bit
-        held = filter(items.__contains__, reversed(anchors[:old]))  # all, unless it was made up
-        deque(map(items.move_to_end, held), maxlen=0)
+        try:
+            deque(map(items.move_to_end, anchors[:old][::-1]), maxlen=0)
+        except KeyError:  # the chain was made up: not all of them are held
+            held = filter(items.__contains__, anchors[:old][::-1])
+            deque(map(items.move_to_end, held), maxlen=0)
         while self._held > self.capacity_tokens and items:
             self._forget(*items.popitem(last=False))
 

@@ -13,7 +13,7 @@ derivative of CVaR counts the outcomes beyond the quantile only.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 
 from planner.dispatch.events import (
     Call,
@@ -32,6 +32,9 @@ _LEAST = 40
 """Ended runs before the limit is believed; two of them lie beyond it."""
 _WINDOW = 400
 """Latest ended runs that count."""
+_RUNS = 65_536
+"""Runs followed at a time; a call that comes after its run was said to end may begin one that
+nobody ends."""
 _EVERY = 8
 """Ended runs between two looks at the quantile, which sorts the window."""
 _STEEPNESS = 4
@@ -51,7 +54,8 @@ class Tail:
 
     def __init__(self) -> None:
         self.limit_s: float | None = None
-        self._runs: dict[str, tuple[float, float]] = {}  # run -> arrival, end of its last call
+        # Run -> arrival, end of its last call.
+        self._runs: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._calls: dict[str, Call] = {}
         self._latencies: deque[float] = deque(maxlen=_WINDOW)
         self._ended = 0
@@ -65,6 +69,8 @@ class Tail:
                 call = self._calls.pop(event.call_id, None)
                 if call is not None and call.run_id:
                     self._runs[call.run_id] = call.run_arrival_s, event.now_s
+                    if len(self._runs) > _RUNS:
+                        self._runs.popitem(last=False)
             case RunEnded():
                 self._end(event.run_id)
             case CallFailed() | CallCancelled():

@@ -46,3 +46,14 @@ def test_nothing_is_kept_of_what_is_over() -> None:
     tail.observe(RunEnded(run_id="r", now_s=2.0))
     play(tail, "s", 0.0, 1.0, ended_later_s=0.0)
     assert (tail._calls, tail._runs) == ({}, {})
+
+
+def test_runs_that_nobody_ends_are_forgotten_the_oldest_first(monkeypatch):
+    """Calls that come after the ends of their runs fill a place, not the memory."""
+    monkeypatch.setattr("planner.dispatch.tail._RUNS", 3)
+    tail = Tail()
+    for number in range(5):
+        call = Call(call_id=f"c{number}", run_id=f"r{number}")
+        tail.observe(CallArrived(call=call, now_s=0.0))
+        tail.observe(CallFinished(call_id=call.call_id, now_s=1.0, output_tokens=1))
+    assert list(tail._runs) == ["r2", "r3", "r4"]
