@@ -7,11 +7,14 @@ import pytest
 
 from planner.dispatch.events import Call, CallArrived, CallFailed, CallFinished, FirstToken
 from planner.dispatch.forecast import Forecaster
+from planner.dispatch.learning import CorrectedForecaster
 from planner.dispatch.policies import make_policy
 from planner.dispatch.router import Router
 from planner.domain.estimates import EstimateTable, Quantiles, SiteEstimate, WorkflowEstimate
 from planner.domain.fleet import Endpoint, Fleet
+from planner.domain.ids import NodeId
 from planner.domain.latency import LatencyRow
+from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from planner.sim.engine import Engine, EngineConfig, EngineRequest, Finished
 from planner.sim.engine import FirstToken as EngineFirst
 from planner.sim.steptime import RowStepTime
@@ -184,3 +187,35 @@ def test_calls_that_fail_or_say_no_length_teach_nothing():
     assert router.learner.rows[0].observations == 0
     assert router.view.states[0].latency == TRUE
     assert router.lengths.kept[0].tracker.seen == 0
+
+
+def test_a_corrected_forecast_keeps_what_remains_of_the_run():
+    """Only the length is corrected: criticality and the run's remainder stay as forecast."""
+    nodes = tuple(
+        Node(id=NodeId(name), kind="llm", call_sites=(CallSite(id=f"{name}#0", model="m"),))
+        for name in ("a", "b")
+    )
+    flow = Workflow(name="w", nodes=nodes, edges=((START, "a"), ("a", "b"), ("b", END)))
+    estimates = EstimateTable(
+        workflows={flow.content_hash: WorkflowEstimate(sites={"a#0": SITE, "b#0": SITE})}
+    )
+    base = Forecaster(estimates, [flow])
+    lengths = CorrectedForecaster(base)
+    call = Call(call_id="c", workflow_hash=flow.content_hash, site="a#0", prompt_tokens=800)
+    lengths.observe(call, 200)
+    forecast = lengths.of(call)
+    assert forecast.output_tokens > 100.0
+    assert forecast.remaining_s == base.of(call).remaining_s > 0.0
+    assert forecast.criticality == base.of(call).criticality
+
+
+def test_a_forecast_asked_for_again_follows_what_was_learned_in_between():
+    """Answers are kept for one decision, never beyond the next call that finishes."""
+    lengths = CorrectedForecaster(Forecaster(ESTIMATES))
+    call = Call(call_id="c", workflow_hash="w", site="a#0", prompt_tokens=800)
+    assert lengths.of(call) is lengths.of(call)
+    lengths.observe(call, 200)
+    longer = lengths.of(call).output_tokens
+    assert longer > 100.0
+    lengths.observe(call, 300)
+    assert lengths.of(call).output_tokens > longer
