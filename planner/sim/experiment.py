@@ -160,7 +160,7 @@ def tuning_score_s(records: Iterable[TraceRecord]) -> float:
     if not latencies:
         return math.inf
     mean_s, p95_s = np.mean(latencies), np.quantile(latencies, 0.95)
-    return float(mean_s**2 * p95_s) ** (1 / 3)
+    return float(np.cbrt(mean_s**2 * p95_s))
 
 
 def _latencies_s(records: Iterable[TraceRecord]) -> list[float]:

@@ -64,9 +64,8 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
     ),
     "almanac": (
         ("theta", (1.0, 0.5, 0.75, 1.5)),
-        ("price_scale", (0.5, 0.0, 1.0, 1.5)),
-        ("tail_weight", (3.0, 0.0, 1.0, 6.0)),
-        ("remaining_weight", (0.0, 0.5, 1.0)),
+        ("price_scale", (0.5, 0.0, 0.25, 1.0, 1.5)),
+        ("remaining_weight", (0.0, 0.5, 1.0, 1.5, 2.0)),
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every

@@ -6,7 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from planner.dispatch.table import DispatchTable, LoadLevel, compile_table, merge_tables
+from planner.dispatch.table import (
+    TAIL_WEIGHT,
+    DispatchTable,
+    LoadLevel,
+    Tuning,
+    compile_table,
+    merge_tables,
+)
 from planner.domain.errors import Infeasible, SolveError
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
@@ -175,7 +182,13 @@ def plan_ladder(
 def table_of(
     rungs: Sequence[Rung], demands: Sequence[Demand], fleet: Fleet, estimates: EstimateTable
 ) -> DispatchTable:
-    """Return the table of plans at increasing loads, a bucket for each."""
+    """Return the table of plans at increasing loads, a bucket for each.
+
+    Plans that mind the tail (CVaR) give a table that minds it at dispatch too.
+    """
+    terms = rungs[0].result.plan.objective.terms
+    tail = any(term.kind == "cvar" for term in terms)
+    tuning = Tuning(tail_weight=TAIL_WEIGHT if tail else 0.0)
     slots = sum(endpoint.max_num_seqs for endpoint in fleet.endpoints)
     bounds: list[float] = []
     for position, rung in enumerate(rungs):
@@ -195,6 +208,7 @@ def table_of(
                 demand.workflow,
                 fleet,
                 estimates,
+                tuning=tuning,
             )
             for w, demand in enumerate(demands)
         ]

@@ -18,6 +18,9 @@ plan        no prices and no remainder: marginal cost, tuned over its own grid
 order       engines serve calls as they come
 =========== ================================================================================
 
+And one gains something: ``tail`` has the weight that tables of a CVaR objective give to runs about
+to be among the slowest.
+
 The dispatch table is planned with the changed forecasts, so the plan loses the signal too. What
 engines do, and the counters that the router keeps of them, is not touched.
 """
@@ -36,6 +39,7 @@ from planner.dispatch.policies import Choice, Policy
 from planner.dispatch.policies.base import Ready, Wait
 from planner.dispatch.policies.hexagent import HexAGenT
 from planner.dispatch.policies.placement import Placement, Route
+from planner.dispatch.table import TAIL_WEIGHT
 from planner.domain.estimates import EstimateTable, Quantiles
 from planner.domain.fleet import Fleet
 from planner.domain.latency import LatencyRow
@@ -230,6 +234,7 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
             fixed={"price_scale": 0.0, "remaining_weight": 0.0}, grid=GRIDS["marginal_cost"]
         ),
         "order": Variant(change=_without_order, fixed={"remaining_weight": 0.0}),
+        "tail": Variant(fixed={"tail_weight": TAIL_WEIGHT}),
     },
     "hexagent": {"queue": Variant(change=_by_queue)},
     "fcfs_call": _IDLE_KV,
@@ -237,5 +242,5 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
 }
 """Variants by policy: ``almanac-speed`` is almanac without speed, ``hexagent-queue`` HexAGenT's
 order with placement by queue length, ``astraea-drop`` drops idle KV (with ``adaptive_kv=0``)."""
-SIGNALS = tuple(VARIANTS["almanac"])
+SIGNALS = tuple(name for name in VARIANTS["almanac"] if name != "tail")
 """What can be taken from ``almanac``."""

@@ -335,7 +335,7 @@ def _score_s(result: CellResult) -> float:
     metrics = result.metrics
     if metrics.mean_s is None or metrics.p95_s is None:
         return math.inf
-    return (metrics.mean_s**2 * metrics.p95_s) ** (1 / 3)
+    return math.cbrt(metrics.mean_s**2 * metrics.p95_s)
 
 
 def _span(seconds: float) -> str:

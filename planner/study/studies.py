@@ -244,7 +244,7 @@ STUDIES: Mapping[str, Study] = {
                 Setting(mix="mapreduce"),
                 Setting(mix="multi_tenant"),
             ),
-            policies=("almanac", *(f"almanac-{signal}" for signal in SIGNALS)),
+            policies=("almanac", *(f"almanac-{signal}" for signal in SIGNALS), "almanac-tail"),
             baseline="almanac",
             threats=_THREATS,
         ),

@@ -14,6 +14,7 @@ from planner.domain.workflow import Workflow
 from planner.solve.bounds import carried_rate_rps
 from planner.solve.sample import enough_scenarios, standard_error
 from planner.solve.solver import Demand, PlanResult, solve_mix
+from planner.solve.tables import mix_table
 from planner.verify import verify_plans
 
 from .small import EXACT, case, chain, endpoint, fan, fleet
@@ -86,6 +87,18 @@ def test_one_workflow_as_a_mix_is_the_plan_of_it_alone() -> None:
     heavy = solved(machines, Demand(workflow=LONG, rate_rps=0.2, weight=7.0)).plan
     assert heavy.objective_s == plain.objective_s
     assert heavy.shares() == plain.shares()
+
+
+@pytest.mark.parametrize(("objective", "minds"), [("mean", False), ("mean+cvar:0.9", True)])
+def test_a_table_minds_the_tail_if_its_plans_do(objective: str, minds: bool) -> None:
+    """A CVaR term in the objective gives the table a weight on runs that are slow already."""
+    machines = fleet(endpoint("e", slots=2), endpoint("f", 1.5, slots=2))
+    demand = Demand(workflow=SHORT, rate_rps=0.3)
+    made = mix_table(
+        [demand], machines, table(SHORT), factors=(1.0,), budget=EXACT, run_classes=1,
+        scenarios=3, objective=Objective.parse(objective),
+    )  # fmt: skip
+    assert (made.tuning.tail_weight > 0) is minds
 
 
 def test_weight_decides_who_gets_the_fast_slot() -> None:
