@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import aiohttp
 from aiohttp import web
 
-from runtime.endpoints import EndpointLink
+from runtime.endpoints import EndpointLink, UpstreamAnswer
 from runtime.forwarding import Forwarder
 from runtime.gateway import tls_context
 from runtime.inference import INFERENCE, errors, infer, limit_headers, open_runner
+from runtime.links import EndpointUnreachable
 from runtime.processes.channel import Channel, Message
 from runtime.processes.remote import RemoteDesk, State
 from runtime.transport import open_session
@@ -70,7 +71,7 @@ class _Worker:
         self._listener = listener
         self._stop = asyncio.Event()
         self._set_up: asyncio.Future[Setup] = asyncio.get_running_loop().create_future()
-        self._links: list[EndpointLink] = []
+        self._links: list[EndpointLink | _Left] = []
         self._desk: RemoteDesk
         self._session: aiohttp.ClientSession
         self._hub: aiohttp.ClientSession
@@ -163,17 +164,36 @@ class _Worker:
             self._set_up.set_result(message[1])
 
     def _link(self) -> None:
-        """Have a link to each endpoint as it is now."""
+        """Have a link to each endpoint as it is now.
+
+        One that has left the fleet keeps its place and has no address any more. Calls it still
+        has end over the link it had; to a worker that came later it is `_Left`.
+        """
         for index, endpoint in enumerate(self._desk.endpoints):
             if index == len(self._links):
-                self._links.append(EndpointLink(endpoint, self._session))
-            elif self._links[index].endpoint != endpoint:
+                self._links.append(_LEFT)
+            if endpoint.url is not None and self._links[index].endpoint != endpoint:
                 self._links[index] = EndpointLink(endpoint, self._session)
 
     async def _pulse(self) -> None:
         while True:
             await asyncio.sleep(PULSE_S)
             self._desk.pulse()
+
+
+class _Left:
+    """In the place of the way to an endpoint that left the fleet; no call is decided for it."""
+
+    endpoint = None
+
+    async def send(self, *_request: object) -> UpstreamAnswer:
+        raise EndpointUnreachable("it has left the fleet")
+
+    async def healthy(self) -> bool:
+        return False
+
+
+_LEFT = _Left()
 
 
 def _kept(headers: Mapping[str, str]) -> dict[str, str]:

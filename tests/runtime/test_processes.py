@@ -166,3 +166,18 @@ async def test_messages_arrive_whole_and_in_order():
     assert [message[1] for message in taken] == list(range(50))
     right.tell("nobody", "hears")
     right.close()
+
+
+async def test_an_endpoint_that_leaves_ends_no_worker_and_hinders_no_new_one(crew_of):
+    """Workers go on without it, and so does one that is started after it left."""
+    async with crew_of() as (_, http):
+        before = await workers(http)
+        assert (await http.delete("/workers/e0", headers=KEY)).status_code == 200
+        for _ in range(8):
+            answer = await http.post("/v1/completions", json=SHORT)
+            assert answer.headers["x-almanac-endpoint"] == "e1"
+        assert [one["pid"] for one in await workers(http)] == [one["pid"] for one in before]
+        for one in before:
+            os.kill(one["pid"], signal.SIGKILL)
+        answer = await http.post("/v1/completions", json=SHORT)
+        assert (answer.status_code, answer.headers["x-almanac-endpoint"]) == (200, "e1")
