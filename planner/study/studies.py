@@ -298,7 +298,10 @@ STUDIES: Mapping[str, Study] = {
                 for kv in ("ample", "scarce")
                 for load in (0.5, 0.7, 0.85, 0.95)
             ),
-            policies=_COMPARED,
+            policies=(*_COMPARED, "almanac-tail"),
+            runs=500,
+            tuning_runs=450,
+            tuning_seeds=2,
             clairvoyant_steps=100,
             threats=_THREATS,
         ),
