@@ -52,6 +52,8 @@ def pair_of(mock_of):
 
     @asynccontextmanager
     async def make(**options):
+        # Unless a test is about leases none runs out, however long this process is held up.
+        options = {"lease_s": 10_000.0, **options}
         async with mock_of(2, **options) as mock, httpx.AsyncClient(timeout=5) as http:
             yield Pair(mock, http)
 
