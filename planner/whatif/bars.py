@@ -192,6 +192,6 @@ def _inside(stated: Any, full: Any, metric: Metric) -> bool:
     return one.covers(full.figures[metric].value)
 
 
-def bars_json(bars: Sequence[Bar]) -> dict[str, Any]:
+def bars_json(bars: Sequence[Bar]) -> list[dict[str, Any]]:
     """Return the JSON form."""
-    return {"schema": "almanac.whatif-bars/1", "bars": [asdict(one) for one in bars]}
+    return [asdict(one) for one in bars]
