@@ -11,6 +11,7 @@ as the priority, so that under KV pressure the youngest is preempted.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ _CHANGES = (
 """Events that bring work or room; after others an offer would be answered as the last one was."""
 
 
-class QueuedPolicy:
+class QueuedPolicy(ABC):
     """Calls wait in the router in the order of `key`.
 
     Attributes
@@ -62,9 +63,9 @@ class QueuedPolicy:
 
     # -- what a policy of this kind says --------------------------------------------------------
 
+    @abstractmethod
     def key(self, call: Call, now_s: float) -> Any:
         """Return what waiting calls are sorted by, smallest first; ties by their names."""
-        raise NotImplementedError
 
     def ended(self, ended: Ended, now_s: float) -> None:
         """Take note of a call that has ended well."""
