@@ -67,7 +67,7 @@ class QueuedPolicy(ABC):
     def key(self, call: Call, now_s: float) -> Any:
         """Return what waiting calls are sorted by, smallest first; ties by their names."""
 
-    def ended(self, ended: Ended, now_s: float) -> None:
+    def ended(self, ended: Ended, now_s: float) -> None:  # noqa: B027 - most orders need nothing
         """Take note of a call that has ended well."""
 
     def place(self, ready: Ready) -> Route | None:
