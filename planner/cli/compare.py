@@ -17,7 +17,15 @@ from planner.domain.run import RunSpec
 from planner.domain.trace import TraceRecord, save_trace
 from planner.metrics import RunMetrics, summarise
 from planner.report.results import PolicyResult, Results, SeedResult
-from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune, tuning_score_s
+from planner.sim.experiment import (
+    Cell,
+    PolicySetup,
+    World,
+    run_cell,
+    run_latencies_s,
+    tune,
+    tuning_score_s,
+)
 from planner.sim.horizon import ReplanLog
 
 __all__ = [
@@ -103,7 +111,7 @@ def _cells(
 
 
 def _score(cell: Cell) -> float:
-    return tuning_score_s(run_cell(cell))
+    return tuning_score_s(run_latencies_s(run_cell(cell)))
 
 
 def tune_setups(

@@ -29,7 +29,15 @@ from planner.domain.trace import TraceRecord
 from planner.domain.workflow import Workflow
 from planner.graph.rebuild import runs_from_trace
 from planner.sim.disturbance import Disturbance
-from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune, tuning_score_s
+from planner.sim.experiment import (
+    Cell,
+    PolicySetup,
+    World,
+    run_cell,
+    run_latencies_s,
+    tune,
+    tuning_score_s,
+)
 from planner.sim.horizon import Replanned, Seen
 from planner.sim.workload import poisson_arrivals, sampled_workload
 from planner.solve.budget import Budget
@@ -166,7 +174,7 @@ class RollingStep:
 
         def score(candidates: Sequence[PolicySetup]) -> list[float]:
             cells = (Cell(setup=one, seed=seed, runs=runs, world=world) for one in candidates)
-            return [tuning_score_s(run_cell(cell)) for cell in cells]
+            return [tuning_score_s(run_latencies_s(run_cell(cell))) for cell in cells]
 
         tuned = tune(PolicySetup(policy="almanac", table=table), score)
         return tuned.table or table

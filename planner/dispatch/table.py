@@ -70,16 +70,16 @@ class Tuning:
         >= 0; 0 serves the oldest run first, a large weight the one that is soonest over.
     tail_weight
         By how much a call of a run that is sure to be among the slowest counts more than one that
-        is sure not to be, >= 0; 0 minds the mean alone.
+        is sure not to be, >= 0. In simulation a half costs the mean nothing; 0 never looks.
     plan_pull
         Cost, in units of the call's least service time, of an endpoint the plan gives no share;
         for fleets whose plan is to be followed whatever the load.
     """
 
     theta: float = 1.0
-    price_scale: float = 1.0
+    price_scale: float = 0.5
     remaining_weight: float = 0.0
-    tail_weight: float = 0.0
+    tail_weight: float = 0.5
     plan_pull: float = 0.0
 
 

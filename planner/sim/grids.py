@@ -63,9 +63,10 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
         ("least_runs", (20, 10, 40, 80)),
     ),
     "almanac": (
-        ("theta", (1.0, 0.5, 0.75, 1.5)),
-        ("price_scale", (0.5, 0.0, 0.25, 1.0, 1.5)),
-        ("remaining_weight", (0.0, 0.5, 1.0, 1.5, 2.0)),
+        ("theta", (1.0, 0.75, 1.5)),
+        ("price_scale", (0.5, 0.0, 0.25, 1.0)),
+        ("remaining_weight", (0.0, 0.5, 1.0, 2.0)),
+        ("tail_weight", (0.5, 0.0, 0.25, 1.0)),
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every

@@ -188,7 +188,7 @@ def table_of(
     """
     terms = rungs[0].result.plan.objective.terms
     tail = any(term.kind == "cvar" for term in terms)
-    tuning = Tuning(tail_weight=TAIL_WEIGHT if tail else 0.0)
+    tuning = Tuning(tail_weight=TAIL_WEIGHT) if tail else Tuning()
     slots = sum(endpoint.max_num_seqs for endpoint in fleet.endpoints)
     bounds: list[float] = []
     for position, rung in enumerate(rungs):

@@ -14,8 +14,11 @@ branch      the outcomes of a branch are believed to be equally likely
 tool        nothing is known of tools: the prior for all
 prefix      no prompt is believed to be cached anywhere
 externality no delay of others counts, neither of residents nor at the plan's prices
-plan        no prices and no remainder: marginal cost, tuned over its own grid
+plan        no prices, no remainder and no tail: marginal cost, tuned over its own grid
+prices      no prices: the delay of others counts alike on all endpoints
 order       engines serve calls as they come
+remainder   engines serve the oldest run first, whatever remains of it
+slow        a run counts the same however slow it is
 =========== ================================================================================
 
 And one gains something: ``tail`` has the weight that tables of a CVaR objective give to runs about
@@ -231,9 +234,13 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
         "prefix": Variant(change=_without_prefix),
         "externality": Variant(fixed={"theta": 0.0, "price_scale": 0.0}),
         "plan": Variant(
-            fixed={"price_scale": 0.0, "remaining_weight": 0.0}, grid=GRIDS["marginal_cost"]
+            fixed={"price_scale": 0.0, "remaining_weight": 0.0, "tail_weight": 0.0},
+            grid=GRIDS["marginal_cost"],
         ),
+        "prices": Variant(fixed={"price_scale": 0.0}),
         "order": Variant(change=_without_order, fixed={"remaining_weight": 0.0}),
+        "remainder": Variant(fixed={"remaining_weight": 0.0}),
+        "slow": Variant(fixed={"tail_weight": 0.0}),
         "tail": Variant(fixed={"tail_weight": TAIL_WEIGHT}),
     },
     "hexagent": {"queue": Variant(change=_by_queue)},

@@ -19,7 +19,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ from planner.dispatch.table import DispatchTable, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.run import RunSpec
-from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune
+from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune, tuning_score_s
 from planner.study.ablation import VARIANTS, VariedSetup
 from planner.study.clairvoyant import Clairvoyant, estimate
 from planner.study.entries import Entry, parse_entry
@@ -52,7 +51,7 @@ __all__ = [
     "run_study",
 ]
 
-CODE_SCHEMA = 3
+CODE_SCHEMA = 4
 """Raised when a change of the code makes earlier cells incomparable."""
 TUNING_SEED = 1000
 """Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
@@ -307,7 +306,7 @@ class _Runner:
                 for k in range(study.tuning_seeds)
             ]  # fmt: skip
             results = self.results(cells, f"tuning {entry.label} in {setting.name}")
-            scores = [_score_s(result) for result in results]
+            scores = [tuning_score_s(result.metrics.latencies_s) for result in results]
             size = study.tuning_seeds
             return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
@@ -328,14 +327,6 @@ class _Runner:
                     left_s = (time.monotonic() - started) / number * (len(missing) - number)
                     self.progress(f"[{number}/{len(missing)}] {name}; {_span(left_s)} left")
         return [_read(job.file) for job in cells]
-
-
-def _score_s(result: CellResult) -> float:
-    """Return what policies are tuned for, as `planner.sim.experiment.tuning_score_s` has it."""
-    metrics = result.metrics
-    if metrics.mean_s is None or metrics.p95_s is None:
-        return math.inf
-    return math.cbrt(metrics.mean_s**2 * metrics.p95_s)
 
 
 def _span(seconds: float) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from planner.dispatch.table import TAIL_WEIGHT
 from planner.domain.errors import Infeasible, InvalidInput
 from planner.domain.estimates import EstimateTable
 from planner.domain.fleet import Fleet
@@ -98,7 +99,7 @@ def test_a_table_minds_the_tail_if_its_plans_do(objective: str, minds: bool) -> 
         [demand], machines, table(SHORT), factors=(1.0,), budget=EXACT, run_classes=1,
         scenarios=3, objective=Objective.parse(objective),
     )  # fmt: skip
-    assert (made.tuning.tail_weight > 0) is minds
+    assert (made.tuning.tail_weight >= TAIL_WEIGHT) is minds
 
 
 def test_weight_decides_who_gets_the_fast_slot() -> None:
