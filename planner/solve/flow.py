@@ -1,83 +1,108 @@
-"""Flow shops by local search over permutations: a hint where intervals alone search too long.
+"""Flow shops by local search: a start where intervals alone search too long.
 
 A question is a flow shop if all chains visit the same endpoints in the same order, one mode each.
 Then an order of the chains at the first endpoint decides all: at each later one, chains are taken
-as they arrive. Hundreds of orders are decoded at once, one numpy step per chain and stage. The
-mirrored question (last stage first) is searched as well, since either may be the easier one.
+as they arrive. Such orders are searched first, forwards and for the mirrored question (last stage
+first), since either may be the easier one. What no order reaches follows by justification:
+a schedule's ends, disturbed at random, are the order in which each stage is moved as late as
+possible, and those starts the order in which it is moved as early as possible again.
 
 References
 ----------
 Nawaz, Enscore, Ham (1983) for the insertion heuristic; Ruiz, Vázquez-Rodríguez, The hybrid flow
-shop scheduling problem, EJOR 2010, for decoding by arrival.
+shop scheduling problem, EJOR 2010, for decoding by arrival; Valls, Ballestín, Quintanilla,
+Justification and RCPSP: a technique that pays, EJOR 2005.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
 
 from planner.domain.schedule import Schedule, ScheduleQuestion
-from planner.solve.instance import Ints
+from planner.solve.flow_decode import Array, Flow, decode
 
-__all__ = ["flow_schedule"]
+__all__ = ["flow_schedule", "least_makespan"]
 
 _BATCH = 256
-"""Orders decoded at once: numpy's overhead is then small beside its work."""
+"""Schedules decoded at once: numpy's overhead is then small beside its work."""
 _PATIENCE = 25
 """Batches without an improvement before the order is disturbed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Flow:
-    """Ticks (J, S), machines of each stage, and the activities (J, S)."""
-
-    ticks: Ints
-    machines: tuple[int, ...]
-    activities: Ints
-
-    @property
-    def mirrored(self) -> _Flow:
-        """The same question with time running backwards."""
-        return _Flow(self.ticks[:, ::-1], self.machines[::-1], self.activities[:, ::-1])
+_ORDERS = 0.6
+"""Share of the effort for orders; the rest is for justification."""
+_KEPT = 32
+"""Schedules that justification goes on from."""
+_NOISE = (0.02, 1.0)
+"""Least and largest deviation of a disturbance, in mean durations."""
+_LEAST_SHARE = 0.01
+"""Least share of the ends that are disturbed."""
+_JUSTIFIED_STEPS = 3
+"""What justifying costs: two passes, and about one for the disturbance."""
 
 
 def flow_schedule(question: ScheduleQuestion, *, effort: float, seed: int = 0) -> Schedule | None:
-    """Return the best schedule found, or None if the question is not a flow shop.
+    """Return the best schedule found and a bound, or None if the question is not a flow shop.
 
     Parameters
     ----------
     effort
-        Numpy steps to spend after the first orders: about 40,000 take a second. A count and not
-        a time, so that the result is reproducible.
+        Numpy calls to spend after the first orders: about 1.3 million take a second. A count and
+        not a time, so that the result is reproducible.
     """
-    flow = _flow(question)
-    if flow is None:
+    chains = _chains(question)
+    if chains is None:
         return None
-    best: tuple[int, Ints, bool] | None = None
-    for turn, one in enumerate((flow, flow.mirrored)):
-        search = _Search(one, np.random.default_rng([seed, turn]))
-        order, makespan = search.run(effort / 2)
-        if best is None or makespan < best[0]:
-            best = makespan, order, turn == 1
-    assert best is not None  # noqa: S101 - two were tried
-    makespan, order, backwards = best
-    ends = _ends(flow.mirrored if backwards else flow, order[np.newaxis])[0]
-    starts = ends - (flow.mirrored if backwards else flow).ticks
-    if backwards:
-        starts = (makespan - ends)[:, ::-1]
-    by_activity = np.zeros(len(question.activities), dtype=np.int64)
-    by_activity[flow.activities.ravel()] = starts.ravel()
+    activities = question.activities
+    ticks = np.array([[activities[a].modes[0].ticks for a in chain] for chain in chains]).T
+    # No end is after all work in a row; keys leave room for the number of a chain behind them.
+    small = int(ticks.sum()) << len(chains).bit_length() < 1 << 30
+    endpoints = (activities[a].modes[0].endpoint for a in chains[0])
+    flow = Flow(
+        ticks.astype(np.int32 if small else np.int64),
+        tuple(question.slots[i] for i in endpoints if i is not None),
+    )
+    least = least_makespan(flow)
+    ends = _searched(flow, least, effort, seed)
+    starts = np.zeros(len(activities), dtype=np.int64)
+    starts[np.array(chains).T] = ends - flow.ticks
     return Schedule(
-        starts=tuple(by_activity.tolist()),
-        modes=(0,) * len(question.activities),
-        objective=question.makespan_weight * makespan,
-        bound=0,
+        starts=tuple(starts.tolist()),
+        modes=(0,) * len(activities),
+        objective=question.makespan_weight * int(ends.max()),
+        bound=question.makespan_weight * least,
     )
 
 
-def _flow(question: ScheduleQuestion) -> _Flow | None:
-    """Return the question as a flow shop, if it is one that asks for the makespan alone."""
+def least_makespan(flow: Flow) -> int:
+    """Return a makespan in ticks that no schedule is below.
+
+    Each machine of a stage waits for the first chain and is followed by the rest of the last; at
+    best these are the shortest ways to the stage and from it.
+    """
+    chains = flow.ticks.shape[1]
+    ends = flow.ticks.cumsum(axis=0)
+    least = int(ends[-1].max())
+    for s, machines in enumerate(flow.machines):
+        used = min(machines, chains)
+        before = np.sort(ends[s] - flow.ticks[s])[:used].sum()
+        after = np.sort(ends[-1] - ends[s])[:used].sum()
+        least = max(least, -int(-(before + flow.ticks[s].sum() + after) // used))
+    return least
+
+
+def _searched(flow: Flow, least: int, effort: float, seed: int) -> Array:
+    """Return the ends (S, J) of the best schedule found."""
+    ends = _Orders(flow, least, np.random.default_rng([seed, 0])).run(effort * _ORDERS / 2)
+    if ends.max() > least:
+        backwards = _Orders(flow.mirrored, least, np.random.default_rng([seed, 1]))
+        other = _mirrored(flow.mirrored, backwards.run(effort * _ORDERS / 2))
+        ends = min(ends, other, key=lambda one: int(one.max()))
+    return _justified(flow, ends, least, effort * (1 - _ORDERS), np.random.default_rng([seed, 2]))
+
+
+def _chains(question: ScheduleQuestion) -> list[list[int]] | None:
+    """Return the chains of a flow shop, if the question is one that asks for the makespan alone."""
     activities = question.activities
     if question.transfers or not question.makespan_weight or not activities:
         return None
@@ -102,111 +127,121 @@ def _flow(question: ScheduleQuestion) -> _Flow | None:
         return None
     if any([activities[a].modes[0].endpoint for a in chain] != stages for chain in chains):
         return None
-    return _Flow(
-        np.array([[activities[a].modes[0].ticks for a in chain] for chain in chains]),
-        tuple(question.slots[i] for i in stages if i is not None),
-        np.array(chains),
-    )
+    return chains
 
 
-def _ends(flow: _Flow, orders: Ints) -> Ints:
-    """Return the end of each stage of each chain for orders (n, j); shape (n, J, S).
+def _mirrored(flow: Flow, ends: Array) -> Array:
+    """Return the ends (S, J) of a schedule with time running backwards."""
+    return np.asarray((ends.max() - (ends - flow.ticks))[::-1])
 
-    Chains that an order leaves out end at 0.
+
+def _justified(
+    flow: Flow, ends: Array, least: int, effort: float, rng: np.random.Generator
+) -> Array:
+    """Return the ends (S, J) of the best schedule that disturbing and justifying finds."""
+    backwards = flow.mirrored
+    kept = ends[:, np.newaxis]
+    makespans = kept[-1].max(axis=1)
+    mean = float(flow.ticks.mean())
+    stages, chains = flow.ticks.shape
+    low, high = _NOISE
+    for _ in range(int(effort / (_JUSTIFIED_STEPS * flow.steps))):
+        if makespans[0] <= least:
+            break
+        deviation = mean * np.exp(rng.uniform(math.log(low), math.log(high), size=(_BATCH, 1)))
+        share = np.exp(rng.uniform(math.log(_LEAST_SHARE), 0.0, size=(_BATCH, 1)))
+        noise = rng.standard_normal((stages, _BATCH, chains), dtype=np.float32) * deviation
+        noise[rng.random(noise.shape, dtype=np.float32) > share] = 0.0
+        latest = kept[:, rng.integers(len(makespans), size=_BATCH)] + noise.astype(kept.dtype)
+        late = decode(backwards, -latest[::-1])
+        early = decode(flow, -late[::-1])
+        # Of equals the newest: plateaus are wide, and standing still does not cross them.
+        kept = np.concatenate((early, kept), axis=1)
+        makespans = np.concatenate((early[-1].max(axis=1), makespans))
+        best = makespans.argsort(kind="stable")[:_KEPT]
+        kept, makespans = kept[:, best], makespans[best]
+    return np.asarray(kept[:, 0])
+
+
+class _Orders:
+    """Local search over the order of the chains at the first stage, held as rank by chain.
+
+    It ends at a makespan of ``least`` ticks: no schedule is below.
     """
-    count, length = orders.shape
-    rows = np.arange(count)
-    ends = np.zeros((count, *flow.ticks.shape), dtype=np.int64)
-    ready = np.zeros((count, len(flow.ticks)), dtype=np.int64)
-    for s, machines in enumerate(flow.machines):
-        if s:
-            arrival = np.take_along_axis(ready, orders, axis=1)
-            # Stable: of two that arrive together, the one earlier before goes first.
-            orders = np.take_along_axis(orders, arrival.argsort(axis=1, kind="stable"), axis=1)
-        free = np.zeros((count, machines), dtype=np.int64)
-        ticks = flow.ticks[:, s]
-        for position in range(length):
-            chain = orders[:, position]
-            machine = free.argmin(axis=1)
-            end = np.maximum(free[rows, machine], ready[rows, chain]) + ticks[chain]
-            free[rows, machine] = end
-            ready[rows, chain] = end
-        ends[:, :, s] = ready
-    return ends
 
-
-class _Search:
-    def __init__(self, flow: _Flow, rng: np.random.Generator) -> None:
+    def __init__(self, flow: Flow, least: int, rng: np.random.Generator) -> None:
         self._flow = flow
+        self._least = least
         self._rng = rng
-        self.spent = 0.0
 
-    def run(self, effort: float) -> tuple[Ints, int]:
-        """Return the best order and its makespan."""
-        order = self._first()
-        value = int(self._makespans(order[np.newaxis])[0])
-        best, best_value, stale = order, value, 0
-        self.spent = 0.0
-        while self.spent < effort and len(order) > 1:
-            batch = self._moved(order)
-            makespans = self._makespans(batch)
-            # Of equals any: plateaus are wide, and standing still does not cross them.
+    def run(self, effort: float) -> Array:
+        """Return the ends (S, J) of the best schedule found."""
+        ranks = self._first()
+        value = int(_makespans(self._flow, ranks[np.newaxis])[0])
+        best, best_value, stale = ranks, value, 0
+        for _ in range(int(effort / self._flow.steps)):
+            if best_value <= self._least:
+                break
+            batch = self._moved(ranks)
+            makespans = _makespans(self._flow, batch)
+            # Of equals any, for the same reason as above.
             tied = np.flatnonzero(makespans == makespans.min())
             chosen = int(self._rng.choice(tied))
             stale = 0 if makespans[chosen] < value else stale + 1
             if makespans[chosen] <= value:
-                order, value = batch[chosen], int(makespans[chosen])
+                ranks, value = _ranks(batch[chosen]), int(makespans[chosen])
             if value < best_value:
-                best, best_value = order, value
+                best, best_value = ranks, value
             if stale > _PATIENCE:
-                order, stale = best, 0
+                ranks, stale = best, 0
                 for _ in range(3):
-                    order = self._moved(order)[0]
-                value = int(self._makespans(order[np.newaxis])[0])
-        return best, best_value
+                    ranks = _ranks(self._moved(ranks)[0])
+                value = int(_makespans(self._flow, ranks[np.newaxis])[0])
+        return np.asarray(decode(self._flow, best[np.newaxis])[:, 0])
 
-    def _first(self) -> Ints:
+    def _first(self) -> Array:
         """Return the better of a few sorted orders, improved by inserting each chain once."""
         ticks = self._flow.ticks
-        total = ticks.sum(axis=1)
-        place = np.arange(ticks.shape[1])
-        candidates = np.stack(
-            [
-                np.argsort(-total, kind="stable"),
-                np.argsort(total, kind="stable"),
-                np.argsort(ticks @ place, kind="stable"),
-                np.argsort(-(ticks @ place), kind="stable"),
-            ]
-        )
-        order = candidates[int(self._makespans(candidates).argmin())]
-        return self._inserted(order)
-
-    def _inserted(self, order: Ints) -> Ints:
-        """Build the order anew: chain after chain where the makespan grows least."""
-        ranked = order.tolist()
-        built = [ranked[0]]
-        for chain in ranked[1:]:
-            batch = np.array(
-                [[*built[:p], chain, *built[p:]] for p in range(len(built) + 1)], dtype=np.int64
+        total = ticks.sum(axis=0)
+        lean = np.arange(len(ticks), dtype=ticks.dtype) @ ticks
+        candidates = np.stack([_ranks(key) for key in (-total, total, lean, -lean)])
+        ranks = candidates[int(_makespans(self._flow, candidates).argmin())]
+        order = ranks.argsort()
+        # Each further chain where the makespan grows least.
+        built = ranks[order[:1]]
+        for size in range(1, len(order)):
+            flow = self._flow.of(order[: size + 1])
+            before = np.arange(size + 1, dtype=ranks.dtype)[:, np.newaxis]
+            batch = np.concatenate(
+                (np.repeat(2 * built[np.newaxis] + 1, size + 1, axis=0), 2 * before), 1
             )
-            position = int(self._makespans(batch).argmin())
-            built.insert(position, chain)
-        return np.array(built)
+            built = _ranks(batch[int(_makespans(flow, batch).argmin())])
+        ranks = np.empty_like(built)
+        ranks[order] = built
+        return np.asarray(ranks)
 
-    def _moved(self, order: Ints) -> Ints:
-        """Return random neighbours: one chain elsewhere, or two exchanged; shape (n, J)."""
-        size = len(order)
-        batch = np.repeat(order[np.newaxis], _BATCH, axis=0)
-        source = self._rng.integers(size, size=_BATCH)
-        target = (source + self._rng.integers(1, size, size=_BATCH)) % size
+    def _moved(self, ranks: Array) -> Array:
+        """Return keys of random neighbours: two exchanged, or one elsewhere; shape (n, J)."""
+        size = len(ranks)
+        batch = np.repeat(2 * ranks[np.newaxis], _BATCH, axis=0)
+        one = self._rng.integers(size, size=_BATCH)
+        other = (one + self._rng.integers(1, size, size=_BATCH)) % size
         rows = np.arange(_BATCH)
-        half = _BATCH // 2
-        batch[rows[:half], source[:half]] = order[target[:half]]
-        batch[rows[:half], target[:half]] = order[source[:half]]
-        for n in range(half, _BATCH):
-            batch[n] = np.insert(np.delete(order, source[n]), target[n], order[source[n]])
+        swap = rows < _BATCH // 2
+        batch[rows, one] = 2 * ranks[other]
+        batch[rows[swap], other[swap]] = 2 * ranks[one[swap]]
+        # Towards the front before the other, towards the back behind it.
+        behind = np.where(ranks[one] < ranks[other], 1, -1)
+        batch[rows[~swap], one[~swap]] += behind[~swap].astype(batch.dtype)
         return batch
 
-    def _makespans(self, orders: Ints) -> Ints:
-        self.spent += orders.shape[1] * len(self._flow.machines)
-        return np.asarray(_ends(self._flow, orders)[:, :, -1].max(axis=1), dtype=np.int64)
+
+def _makespans(flow: Flow, keys: Array) -> Array:
+    return np.asarray(decode(flow, keys)[-1].max(axis=1))
+
+
+def _ranks(keys: Array) -> Array:
+    """Return the rank of each chain by increasing key, ties by position; shape (J,)."""
+    ranks = np.empty_like(keys)
+    ranks[keys.argsort(kind="stable")] = np.arange(len(keys), dtype=keys.dtype)
+    return ranks

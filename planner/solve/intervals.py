@@ -7,8 +7,9 @@ modes, and, for the makespan, head, work and tail of each endpoint.
 
 The list schedules of `planner.solve.list_schedules` are the hint, and the answer if nothing
 better is found, so the result is never worse than any of them. Shops of more than 60 activities
-get a better hint first: list schedules that pay for busy endpoints, a flow shop's local search,
-and improvement span by span; the larger the shop, the more of the budget goes there.
+get a better hint first. A flow shop's comes from local search, which takes most of the budget;
+that of others from list schedules that pay for busy endpoints and improvement span by span, and
+the larger the shop, the more of the budget goes there.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from planner.solve.spans import span_schedule
 
 __all__ = ["ScheduleResult", "solve_schedule"]
 
-_FLOW_SHARE = 0.4
-"""Share of the budget that a flow shop's local search takes."""
-_FLOW_STEPS_PER_S = 40_000
 _SMALL = 60
 _MEDIUM = 300
 """Activities up to which a shop is one model from the start, and up to which mostly."""
+_FLOW_SHARE, _LARGE_FLOW_SHARE = 0.4, 0.9
+"""Shares of the budget that local search takes in flow shops of medium size and larger ones."""
+_FLOW_STEPS_PER_S = 1_300_000
 _SPAN_SHARE, _LARGE_SPAN_SHARE = 0.4, 0.8
-"""Shares of what is left that shops spend on spans, those of medium size and larger ones."""
+"""Shares that other shops spend on spans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,19 +110,22 @@ def _searched(
     """
     if len(question.activities) <= _SMALL or not is_shop(question):
         return start, 0, budget
+    medium = len(question.activities) <= _MEDIUM
+    limit = budget.wall_s if budget.wall_s is not None else budget.deterministic
+    assert limit is not None  # noqa: S101 - Budget asks for one
+    share = _FLOW_SHARE if medium else _LARGE_FLOW_SHARE
+    effort = limit * share * _FLOW_STEPS_PER_S
+    flow = flow_schedule(question, effort=effort, seed=seed)
+    if flow is not None:
+        # Spans, which take the rest elsewhere, gain nothing from where the local search ends.
+        best = min(start, flow, key=lambda one: one.objective)
+        return best, flow.bound, _part(budget, 1 - share)
     best, least = start, 0
     loads = spread_loads(question)
     if loads is not None:
         least = loads.least
         best = min([best, *priced_schedules(question, loads)], key=lambda one: one.objective)
-    limit = budget.wall_s if budget.wall_s is not None else budget.deterministic
-    assert limit is not None  # noqa: S101 - Budget asks for one
-    effort = limit * _FLOW_SHARE * _FLOW_STEPS_PER_S
-    flow = flow_schedule(question, effort=effort, seed=seed)
-    if flow is not None:
-        budget = _part(budget, 1 - _FLOW_SHARE)
-        best = min(best, flow, key=lambda one: one.objective)
-    share = _SPAN_SHARE if len(question.activities) <= _MEDIUM else _LARGE_SPAN_SHARE
+    share = _SPAN_SHARE if medium else _LARGE_SPAN_SHARE
     spans = _part(budget, share)
     best, spent = span_schedule(question, best, budget=spans, least=least, seed=seed)
     return best, least * question.makespan_weight, _part(budget, 1 - share * spent)
