@@ -15,7 +15,7 @@ from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecast
 from planner.dispatch.view import EndpointState
 
-__all__ = ["decode_s", "entries", "pair", "prefill_only", "pull_s"]
+__all__ = ["decode_s", "entries", "pair", "prefill_only", "pull_s", "transfer_s"]
 
 
 def prefill_only(forecast: Forecast) -> Forecast:
@@ -34,10 +34,19 @@ def entries(candidates: Sequence[EndpointState]) -> list[EndpointState]:
     ]
 
 
+def transfer_s(tokens: float, kv_bytes: float, link_gb_s: float, other_gb_s: float) -> float:
+    """Return the seconds that ``tokens`` of ``kv_bytes`` each take over the slower of two links."""
+    return max(0.0, tokens) * kv_bytes / (min(link_gb_s, other_gb_s) * 1e9)
+
+
 def pull_s(tokens: float, prefill: EndpointState, decode: EndpointState) -> float:
     """Return the seconds that the KV of ``tokens`` is on its way, over the slower of two links."""
-    link_gb_s = min(prefill.endpoint.link_gb_s, decode.endpoint.link_gb_s)
-    return max(0.0, tokens) * (prefill.endpoint.kv_bytes_per_token or 0) / (link_gb_s * 1e9)
+    return transfer_s(
+        tokens,
+        prefill.endpoint.kv_bytes_per_token or 0,
+        prefill.endpoint.link_gb_s,
+        decode.endpoint.link_gb_s,
+    )
 
 
 def decode_s(

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.dispatch.cost import Cost, Costs, fleet_costs
-from planner.dispatch.pairing import pull_s
+from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.view import EndpointState, FleetView
 
@@ -168,25 +168,29 @@ def service_s(
     none serves the model it is 0 s.
     """
     whole: list[float] = []
-    prefills: list[tuple[EndpointState, float]] = []
-    decodes: list[tuple[EndpointState, float]] = []
+    # Endpoints alike are one: pools have many of them, and pairs are a product.
+    prefills: set[tuple[float, float, float, str]] = set()
+    decodes: set[tuple[float, float, str]] = set()
     for state in fleet:
         endpoint, row = state.endpoint, state.latency
         if model is not None and endpoint.model != model:
             continue
-        prefill = row.prefill_s(prompt_tokens)
-        decode = output_tokens * row.decode_step_s(1, prompt_tokens + output_tokens / 2)
+        prefill = row.prefill_s(prompt_tokens) if endpoint.role != "decode" else 0.0
+        decode = 0.0
+        if endpoint.role != "prefill":
+            decode = output_tokens * row.decode_step_s(1, prompt_tokens + output_tokens / 2)
         if endpoint.role == "both":
             whole.append(prefill + decode)
         elif endpoint.role == "prefill":
-            prefills.append((state, prefill))
+            kv_bytes = float(endpoint.kv_bytes_per_token or 0)
+            prefills.add((prefill, kv_bytes, endpoint.link_gb_s, endpoint.model))
         else:
-            decodes.append((state, decode))
+            decodes.add((decode, endpoint.link_gb_s, endpoint.model))
     whole += [
-        prefill + pull_s(prompt_tokens, one, other) + decode
-        for one, prefill in prefills
-        for other, decode in decodes
-        if one.endpoint.model == other.endpoint.model
+        prefill + transfer_s(prompt_tokens, kv_bytes, link_gb_s, other_gb_s) + decode
+        for prefill, kv_bytes, link_gb_s, one in prefills
+        for decode, other_gb_s, other in decodes
+        if one == other
     ]
     return min(whole, default=0.0)
 
