@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from planner import __version__
-from planner.domain.files import atomic_write, data_dir
+from planner.domain.files import atomic_write
 from planner.metrics import spread
 from planner.report.comparison import Comparison
 from planner.report.terminal import align, comparison_text
@@ -166,11 +166,15 @@ def _tenants(one: Outcome) -> dict[str, dict[str, float]]:
 
 
 def _commit() -> str | None:
-    """Return the commit of a checkout, ``+`` if it was changed since; None outside of one."""
+    """Return the commit that this code was checked out from, ``+`` if it was changed since.
+
+    None outside of a checkout, also where some other repository holds the installed package.
+    """
+    here = Path(__file__)
 
     def git(*words: str) -> str:
         done = subprocess.run(  # noqa: S603 - fixed words, no shell
-            ["git", "-C", str(data_dir().parent), *words],  # noqa: S607 - wherever it is installed
+            ["git", "-C", str(here.parent), *words],  # noqa: S607 - wherever it is installed
             check=True,
             capture_output=True,
             text=True,
@@ -178,6 +182,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", here.name)
         commit = git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
