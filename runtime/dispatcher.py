@@ -50,7 +50,7 @@ class Ticket:
     send
         The router's command.
     decision_us
-        Time the decision took, microseconds.
+        Time until the decision was known, microseconds; its counting is not in it.
     settled
         Whether it has ended.
     """
@@ -258,7 +258,7 @@ class Dispatcher:
             If the policy was changed meanwhile.
         """
         started = time.perf_counter()
-        commands = self.router.handle(
+        commands = self.router.decide(
             CallArrived(call=call, now_s=self.clock.now_s(), exclude=exclude)
         )
         decision_us = (time.perf_counter() - started) * 1e6

@@ -44,9 +44,11 @@ __all__ = ["Cost", "Costs", "call_cost", "fleet_costs"]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cost:
     """Seconds of one call on one endpoint.
+
+    Changed by nobody; it is not frozen because that triples the time to make one.
 
     Parameters
     ----------
@@ -72,33 +74,31 @@ class Costs(Sequence[Cost]):
     Parameters
     ----------
     table
-        Rows own, imposed, service in seconds as in `Cost`; shape (3 or more, endpoints).
-    cached_tokens
-        As in `Cost`; shape (endpoints,).
+        Rows own, imposed, service in seconds, one that is not used any more, and cached tokens, as
+        in `Cost`; shape (5, endpoints).
     """
 
-    __slots__ = ("_table", "cached_tokens")
+    __slots__ = ("_table",)
 
-    def __init__(self, table: Floats, cached_tokens: Floats) -> None:
+    def __init__(self, table: Floats) -> None:
         self._table = table
-        self.cached_tokens = cached_tokens
 
     @property
     def own_s(self) -> Floats:
         """From now to the call's finish."""
-        own_s: Floats = self._table[0]
+        own_s: Floats = self._table[rows.OWN]
         return own_s
 
     @property
     def imposed_s(self) -> Floats:
         """Sum over residents of criticality x delay."""
-        imposed_s: Floats = self._table[1]
+        imposed_s: Floats = self._table[rows.IMPOSED]
         return imposed_s
 
     @property
     def service_s(self) -> Floats:
         """Slot seconds the call will hold."""
-        service_s: Floats = self._table[2]
+        service_s: Floats = self._table[rows.SERVICE]
         return service_s
 
     def weighted(self, own: float, imposed: float) -> Floats:
@@ -108,23 +108,22 @@ class Costs(Sequence[Cost]):
         return scores
 
     def __len__(self) -> int:
-        return len(self.cached_tokens)
+        return int(self._table.shape[1])
 
     def __getitem__(self, place: int) -> Cost:  # type: ignore[override]
-        own_s, imposed_s, service_s = self._table[:3, place].tolist()
-        return Cost(own_s, imposed_s, int(self.cached_tokens[place]), service_s)
+        own_s, imposed_s, service_s, _, cached = self._table[:, place].tolist()
+        return Cost(own_s, imposed_s, int(cached), service_s)
 
     def __iter__(self) -> Iterator[Cost]:
         return (self[place] for place in range(len(self)))
 
     def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
         """Take over the costs of the same endpoints at some places."""
-        self._table[:3, places] = other._table[:3, places]
-        self.cached_tokens[places] = other.cached_tokens[places]
+        self._table[:, places] = other._table[:, places]
 
     def take(self, places: npt.NDArray[np.intp]) -> Costs:
         """Return the costs at some places, in their order."""
-        return Costs(self._table[:3, places], self.cached_tokens[places])
+        return Costs(self._table[:, places])
 
 
 def call_cost(
@@ -198,17 +197,6 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
 
 _FEW = 6
 """Endpoints that are corrected one by one rather than as an array."""
-_OWN, _IMPOSED, _SERVICE, _DRAG = range(4)
-"""Rows of the result of a pass; the first holds the wait for a slot until it is complete."""
-
-
-def _features() -> array[float]:
-    cells = array("d", bytes(8 * 4 * rows.ROWS))
-    for row, column in (
-        (_OWN, rows.TURN_STEP), (_SERVICE, rows.BASE), (_DRAG, rows.SLOPE),
-    ):  # fmt: skip
-        cells[row * rows.ROWS + column] = 1.0
-    return cells
 
 
 def fleet_costs(
@@ -229,108 +217,94 @@ def fleet_costs(
     loads.advance(now_s)
     output = forecast.output_tokens
     context = prompt_tokens + 0.5 * output
-    # What all hold is part of the features; what only some hold is taken off afterwards.
+    # What all hold, and what many hold, goes with the pass; the rest is taken off afterwards.
     most = max(0, prompt_tokens - 1)
     levels: list[tuple[int, int]] = []
     common = most if prefilled else 0
     if not prefilled:
-        levels = [
-            (min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)
-        ]
+        for depth, who in view.matches(prefix):
+            levels.append((min(most, int(depth * prefix_tokens)), who))
         if levels and levels[0][1] == view.everyone:
             common = levels.pop(0)[0]
-    tokens = float(prompt_tokens - common)
-    square = tokens * (prompt_tokens + common)
+    held = common
+    many = 0
+    if levels and levels[0][1].bit_count() > _FEW:
+        held, many = levels.pop(0)
 
-    cells = _CELLS
-    cells[_TURN_CONTEXT] = cells[_DRAG_CONTEXT] = context
-    cells[_PREFILL] = cells[_IMPOSED_PREFILL] = tokens
-    cells[_SQUARE] = cells[_IMPOSED_SQUARE] = square
-    cells[_STEP] = cells[_IMPOSED_STEP] = output
-    cells[_CONTEXT] = cells[_IMPOSED_CONTEXT] = output * context
-    table: Floats = _FEATURES.dot(loads.coefficients)
-    own, imposed, service, drag = table
-
-    cached = np.empty(len(view.states))
-    cached.fill(common)
+    # Two calls are reckoned: as those see it that hold what is common, and those that hold more.
+    one, size = _CALL, rows.FEATURES
+    one[rows.TOKENS] = tokens = prompt_tokens - common
+    one[rows.SQUARE_TOKENS] = tokens * float(prompt_tokens + common)
+    one[rows.OUTPUT] = one[size + rows.OUTPUT] = output
+    one[rows.OUTPUT_CONTEXT] = one[size + rows.OUTPUT_CONTEXT] = output * context
+    one[rows.CONTEXT_TOKENS] = one[size + rows.CONTEXT_TOKENS] = context
+    one[rows.HELD] = common
+    one[size + rows.TOKENS] = tokens = prompt_tokens - held
+    one[size + rows.SQUARE_TOKENS] = tokens * float(prompt_tokens + held)
+    one[size + rows.HELD] = held
+    whole: Floats = _CALLS.dot(loads.by_feature).reshape(2, rows.RESULTS, -1)
+    table = whole[0]
+    if many:
+        np.putmask(table, view.spread(many), whole[1])
     if levels:
-        _save(table, cached, loads, view, levels)
+        _save(table, loads, view, held, levels)
 
     place, part = knot(output)
     _PAIR[0], _PAIR[1] = 1.0 - part, part
+    own, drag, sums = table[rows.OWN], table[rows.DRAG], table[: rows.SERVICE]
     drag *= _PAIR_VIEW.dot(loads.imposed[place : place + 2])
-    imposed += drag
     np.maximum(own, loads.queue_s, out=own)
-    own += service
+    sums += table[rows.SERVICE : rows.CACHED]  # own of service, imposed of drag
     if prompt_tokens + output > loads.least_room_tokens:
         for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
-            one = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
-            table[:3, index] = one.own_s, one.imposed_s, one.service_s
-    return Costs(table, cached)
+            cached = int(table[rows.CACHED, index])
+            cost = _cost(prompt_tokens, cached, output, view.states[index], now_s)
+            table[:3, index] = cost.own_s, cost.imposed_s, cost.service_s
+    return Costs(table)
 
 
 def _save(
-    table: Floats, cached: Floats, loads: Loads, view: FleetView, levels: list[tuple[int, int]]
+    table: Floats, loads: Loads, view: FleetView, held: int, levels: list[tuple[int, int]]
 ) -> None:
-    """Take off the prefill that is saved by endpoints that hold more than the common tokens.
+    """Take off the prefill that is saved by endpoints that hold more than the table says.
 
     Parameters
     ----------
-    cached
-        The common tokens; made what each endpoint holds.
+    held
+        The most tokens that it says of those.
     levels
         Cached tokens, rising, and the endpoints that hold them.
     """
-    common = cached.item(0)
-    first, who = levels[0]
+    tokens, who = levels[0]
     if who.bit_count() > _FEW:
+        before = table[rows.CACHED]
+        cached = before.copy()
         for tokens, some in levels:
-            if some.bit_count() > _FEW:
-                np.copyto(cached, float(tokens), where=view.spread(some))
-            else:
-                for index in _members(some):
-                    cached[index] = tokens
-        saved = cached + common
+            np.putmask(cached, view.spread(some)[0], float(tokens))
+        saved = cached + before
         saved *= loads.coefficients[rows.SQUARE]
         saved += loads.coefficients[rows.PREFILL]
-        saved *= cached - common
-        table[_SERVICE] -= saved
+        saved *= cached - before
+        table[rows.CACHED] = cached
+        table[rows.SERVICE] -= saved
         saved *= loads.weight
-        table[_IMPOSED] -= saved
+        table[rows.IMPOSED] -= saved
         return
-    for index in _members(who):
-        tokens = first
-        for deeper, some in levels[1:]:
-            if some >> index & 1:
-                tokens = deeper
-        cached[index] = tokens
-        square, linear, weight = loads.prefill_of(index)
-        seconds = (square * (tokens + common) + linear) * (tokens - common)
-        table[_SERVICE, index] -= seconds
-        table[_IMPOSED, index] -= weight * seconds
-
-
-def _members(who: int) -> list[int]:
-    """Return the endpoints of a set of bits."""
-    found = []
     while who:
         index = who.bit_length() - 1
-        found.append(index)
         who ^= 1 << index
-    return found
+        for deeper, some in levels:
+            if some >> index & 1:
+                tokens = deeper
+        square, linear, weight = loads.prefill_of(index)
+        seconds = (square * (tokens + held) + linear) * (tokens - held)
+        table[rows.CACHED, index] = tokens
+        table[rows.SERVICE, index] -= seconds
+        table[rows.IMPOSED, index] -= weight * seconds
 
 
-_CELLS = _features()
-_FEATURES: Floats = np.frombuffer(_CELLS).reshape(4, rows.ROWS)
+_CALL = array("d", bytes(8 * 2 * rows.FEATURES))
+_CALL[rows.UNIT] = _CALL[rows.FEATURES + rows.UNIT] = 1.0
+_CALLS: Floats = np.frombuffer(_CALL).reshape(2, rows.FEATURES)
 _PAIR = array("d", (0.0, 0.0))
 _PAIR_VIEW: Floats = np.frombuffer(_PAIR)
-_TURN_CONTEXT = _OWN * rows.ROWS + rows.TURN_CONTEXT
-_DRAG_CONTEXT = _DRAG * rows.ROWS + rows.CONTEXT
-_PREFILL = _SERVICE * rows.ROWS + rows.PREFILL
-_SQUARE = _SERVICE * rows.ROWS + rows.SQUARE
-_STEP = _SERVICE * rows.ROWS + rows.STEP
-_CONTEXT = _SERVICE * rows.ROWS + rows.CONTEXT
-_IMPOSED_PREFILL = _IMPOSED * rows.ROWS + rows.IMPOSED_PREFILL
-_IMPOSED_SQUARE = _IMPOSED * rows.ROWS + rows.IMPOSED_SQUARE
-_IMPOSED_STEP = _IMPOSED * rows.ROWS + rows.IMPOSED_STEP
-_IMPOSED_CONTEXT = _IMPOSED * rows.ROWS + rows.IMPOSED_CONTEXT

@@ -230,9 +230,9 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Send:
-    """Send the call now.
+    """Send the call now; like all that is made for each decision it is not frozen.
 
     Parameters
     ----------

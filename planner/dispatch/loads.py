@@ -46,24 +46,44 @@ go on."""
 _GRID = np.sqrt(2.0) ** np.arange(44)
 """Lengths at which F is kept, tokens: 1 to 2.9 million."""
 _KNOTS = len(_GRID)
+_LOWS = tuple(2.0 ** (0.5 * place) for place in range(_KNOTS))
 _WIDTH = 8
 """Places for residents that an endpoint begins with."""
 _OWN_ROWS = 5
-ROWS = 12
-(
-    BASE, PREFILL, IMPOSED_PREFILL, SQUARE, IMPOSED_SQUARE, STEP, CONTEXT, IMPOSED_STEP,
-    IMPOSED_CONTEXT, TURN_STEP, TURN_CONTEXT, SLOPE,
-) = range(ROWS)  # fmt: skip
-"""Rows of the coefficients; the pairs 1, 2 and 3, 4 stay neighbours: they are read together."""
+FEATURES = 7
+UNIT, TOKENS, SQUARE_TOKENS, OUTPUT, OUTPUT_CONTEXT, CONTEXT_TOKENS, HELD = range(FEATURES)
+"""Features of a call: 1, uncached tokens, what they attend to in all, output, output x context,
+context, cached tokens."""
+RESULTS = 5
+OWN, IMPOSED, SERVICE, DRAG, CACHED = range(RESULTS)
+"""What a pass gives: wait for a slot, imposed and service time, by how much a call slows a step,
+and cached tokens. The middle two are then added to the first two, both at once."""
+ROWS = FEATURES * RESULTS
+"""Rows of the coefficients: each feature in each result; most are zero."""
+TURN_STEP = UNIT * RESULTS + OWN
+TURN_CONTEXT = CONTEXT_TOKENS * RESULTS + OWN
+BASE = UNIT * RESULTS + SERVICE
+PREFILL = TOKENS * RESULTS + SERVICE
+SQUARE = SQUARE_TOKENS * RESULTS + SERVICE
+STEP = OUTPUT * RESULTS + SERVICE
+CONTEXT = OUTPUT_CONTEXT * RESULTS + SERVICE
+IMPOSED_PREFILL = TOKENS * RESULTS + IMPOSED
+IMPOSED_SQUARE = SQUARE_TOKENS * RESULTS + IMPOSED
+IMPOSED_STEP = OUTPUT * RESULTS + IMPOSED
+IMPOSED_CONTEXT = OUTPUT_CONTEXT * RESULTS + IMPOSED
+SLOPE = UNIT * RESULTS + DRAG
+SLOPE_CONTEXT = CONTEXT_TOKENS * RESULTS + DRAG
+CACHED_TOKENS = HELD * RESULTS + CACHED
 
 
 def knot(tokens: float) -> tuple[int, float]:
     """Return the interval of the grid that a length lies in, and how far into it, [0, 1)."""
     if tokens <= 1.0:
         return 0, 0.0
-    place = min(int(2.0 * math.log2(tokens)), _KNOTS - 4)
-    low = 2.0 ** (0.5 * place)
-    return place, (tokens / low - 1.0) / 0.41421356237309515
+    place = int(2.0 * math.log2(tokens))
+    if place > _KNOTS - 4:
+        place = _KNOTS - 4
+    return place, (tokens / _LOWS[place] - 1.0) / 0.41421356237309515
 
 
 @lru_cache(maxsize=1024)
@@ -99,7 +119,9 @@ class Loads:
     Attributes
     ----------
     coefficients
-        (rows, endpoints), see the names above; seconds per unit of the feature.
+        (rows, endpoints), see the names above; per unit of the feature.
+    by_feature
+        The same as (features, results x endpoints), to be multiplied with features.
     queue_s
         Prefill queue of each endpoint, s.
     weight
@@ -124,6 +146,8 @@ class Loads:
         )
         self._calls = array("q", bytes(8 * size))
         self.coefficients: Floats = np.frombuffer(self._cells).reshape(ROWS, size)
+        self.coefficients[CACHED_TOKENS] = 1.0
+        self.by_feature: Floats = self.coefficients.reshape(FEATURES, RESULTS * size)
         self.weight: Floats = np.frombuffer(self._weights)
         self.queue_s: Floats = np.frombuffer(self._queue)
         self.room_tokens: Floats = np.frombuffer(self._room)
@@ -213,7 +237,7 @@ class Loads:
         weight = state.criticality + later
         queued = state.prefill_tokens
         cells, size = self._cells, len(self._states)
-        cells[index] = base
+        cells[BASE * size + index] = base
         cells[IMPOSED_PREFILL * size + index] = weight * per_token
         cells[IMPOSED_SQUARE * size + index] = weight * per_square
         cells[STEP * size + index] = step
@@ -238,6 +262,7 @@ class Loads:
             (SQUARE, seconds.per_square),
             (CONTEXT, seconds.per_kv),
             (SLOPE, seconds.slope),
+            (SLOPE_CONTEXT, seconds.per_kv),
         ):
             self._cells[place * size + index] = value
         for place, value in enumerate(

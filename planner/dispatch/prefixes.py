@@ -13,7 +13,7 @@ of one integer; a walk down a chain's anchors then finds the matches of all endp
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
@@ -34,10 +34,13 @@ def _anchor_depths() -> tuple[int, ...]:
 
 _DEPTHS = _anchor_depths()
 """Anchored depths: the number of leading items that each anchor stands for."""
+_PLACES = tuple(depth - 1 for depth in _DEPTHS)
+"""Where the anchors are in a chain."""
 
-_TAKE = tuple(
-    itemgetter(*[depth - 1 for depth in _DEPTHS[: max(2, n)]]) for n in range(len(_DEPTHS))
-)
+_TAIL = 32
+"""Last items of a prompt that are looked through for the end of the one it goes on from."""
+
+_TAKE = tuple(itemgetter(*_PLACES[: max(2, n)]) for n in range(len(_DEPTHS)))
 """By number of anchors (two at least): takes the anchors out of a chain."""
 
 Holders = dict[int, int]
@@ -64,40 +67,48 @@ def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
     """
     if not prefix:
         return []
-    get, depths = holders.get, _DEPTHS
+    get, places = holders.get, _PLACES
     who = get(prefix[0], 0)
+    if not who:
+        return []
     found: list[tuple[int, int]] = []
     size = len(prefix)
-    count = bisect_right(depths, size)
-    low = 0
+    count = bisect_left(places, size)
+    # Most prompts go on from an earlier one: who holds all of that is found from the end.
+    deepest = next(filter(holders.__contains__, prefix[: -_TAIL - 1 : -1]), None)
+    ends = 0 if deepest is None else holders[deepest] & who
+    who ^= ends
+    next_ = 1
     while who:
-        # All in `who` hold anchor `low`; find the last one that all of them hold.
-        last, end = low, count
-        while end - last > 1:
-            middle = (last + end) >> 1
-            if get(prefix[depths[middle] - 1], 0) & who == who:
-                last = middle
+        # All in `who` hold the anchor before `next_`; find the first one that not all of them hold.
+        end, deeper = count, 0
+        while next_ < end:
+            middle = (next_ + end) >> 1
+            here = get(prefix[places[middle]], 0) & who
+            if here == who:
+                next_ = middle + 1
             else:
-                end = middle
-        low = last + 1
-        deeper = get(prefix[depths[low] - 1], 0) & who if low < count else 0
-        stay, reached = who & ~deeper, deeper
+                end, deeper = middle, here
         # Past their last anchor they may hold the last item of an earlier prompt.
-        top = depths[last]
+        stay, reached = who ^ deeper, deeper | ends
+        top = places[next_ - 1] + 1
+        gap = prefix[(places[next_] if next_ < count else size) - 1 : top - 1 : -1]
         below: list[tuple[int, int]] = []
-        gap = prefix[min(depths[low] - 1, size) - 1 : top - 1 : -1]
         for item in filter(holders.__contains__, gap):
             here = holders[item] & stay
             if here:
                 reached |= here
                 below.append((prefix.index(item, top) + 1, reached))
-                stay &= ~here
+                stay ^= here
                 if not stay:
                     break
         if stay:
-            found.append((top, who))
+            found.append((top, who | ends))
         found.extend(reversed(below))
         who = deeper
+        next_ += 1
+    if ends:
+        found.append((prefix.index(deepest, max(0, size - _TAIL)) + 1, ends))
     return found
 
 

@@ -11,6 +11,9 @@ House rules
 * A call is held because no endpoint can take it, or because the policy wants it to wait. The
   former are offered again when an endpoint comes up, oldest run first; the latter after each
   event, in the policy's own order.
+* A decision is answered first and counted afterwards: `decide` leaves the last call it sent to
+  `settle`, which comes before anything else that is asked of the router or its view. So nothing
+  but a clock can tell `decide` from `handle`, which does both.
 * With prefill/decode pools a call is counted at both ends from the start; its prefill endpoint
   stops counting it when its part is done. Rows are not learned from such calls.
 """
@@ -18,7 +21,7 @@ House rules
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TypedDict
 
@@ -104,6 +107,18 @@ def _tokens(call: Call) -> int:
     return call.prompt_tokens + (call.max_tokens or 1)
 
 
+@dataclass(slots=True)
+class _Sent:
+    """A call that was sent and is not counted yet; ``decode`` is its other end, if it has one."""
+
+    call: Call
+    state: EndpointState
+    decode: EndpointState | None
+    forecast: Forecast
+    cached_tokens: int
+    now_s: float
+
+
 class Router:
     """Applies a policy to events.
 
@@ -128,13 +143,13 @@ class Router:
         self.lengths = CorrectedForecaster(forecaster) if online else None
         self.forecaster = self.lengths or forecaster
         learned = forecaster.estimates.endpoints
-        self.view = FleetView(
+        self._view = FleetView(
             [
                 EndpointState(index, endpoint, learned.get(endpoint.id, endpoint.latency))
                 for index, endpoint in enumerate(fleet.endpoints)
             ]
         )
-        self.learner = FleetLearner(self.view.states) if online else None
+        self.learner = FleetLearner(self._view.states) if online else None
         self._observe = policy.observe if isinstance(policy, Observing) else None
         self._order = policy.order if isinstance(policy, Queueing) else None
         self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
@@ -143,6 +158,13 @@ class Router:
         self._where: dict[str, EndpointState] = {}
         self._prefills: dict[str, EndpointState] = {}  # the other end, while it has work
         self._held: dict[str, CallArrived] = {}
+        self._sent: _Sent | None = None
+
+    @property
+    def view(self) -> FleetView:
+        """What is known of the endpoints, all that was sent counted."""
+        self.settle()
+        return self._view
 
     def refit(self, fleet: Fleet) -> None:
         """Take up a changed fleet: endpoints keep their index, new ones come at the end.
@@ -172,6 +194,16 @@ class Router:
         IllegalEvent
             If the call is unknown or its state does not allow the event.
         """
+        commands = self.decide(event)
+        self.settle()
+        return commands
+
+    def decide(self, event: Event) -> list[Command]:
+        """Do as `handle` does, but leave the counting of the last call sent to `settle`.
+
+        For those who can use the answer at once and call `settle` right after.
+        """
+        self.settle()
         commands: list[Command] = []
         match event:
             case CallArrived():
@@ -180,14 +212,14 @@ class Router:
                         f"call {event.call.call_id!r} arrived twice; give each attempt its own id"
                     )
                 if self._observe is not None:
-                    self._observe(event, self.view)
+                    self._observe(event, self._view)
                 return self._arrive(event)
             case PrefillFinished() | FirstToken() | CallFinished() | CallFailed() | CallCancelled():
                 self._advance(event)
             case EndpointDown():
-                self.view.states[event.endpoint].healthy = False
+                self._view.states[event.endpoint].healthy = False
             case EndpointUp():
-                state = self.view.states[event.endpoint]
+                state = self._view.states[event.endpoint]
                 state.healthy = True
                 if event.cold:
                     state.prefix.clear()
@@ -196,7 +228,7 @@ class Router:
             case _:  # runs, tools, branches and ticks concern policies only
                 pass
         if self._observe is not None:
-            self._observe(event, self.view)
+            self._observe(event, self._view)
         if self._order is not None and self._held:
             commands = self._release(self._offered(self._order, event.now_s), event.now_s)
         return commands
@@ -215,7 +247,7 @@ class Router:
         return commands
 
     def _offered(self, order: Order, now_s: float) -> Iterable[Call]:
-        return order([arrived.call for arrived in self._held.values()], self.view, now_s)
+        return order([arrived.call for arrived in self._held.values()], self._view, now_s)
 
     def _hold(self, event: CallArrived) -> None:
         self._states[event.call.call_id] = CallState.HELD
@@ -226,7 +258,7 @@ class Router:
     ) -> tuple[Sequence[EndpointState], Sequence[EndpointState]]:
         """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
-        serving = self.view.candidates(call.model, event.exclude, _tokens(call))
+        serving = self._view.candidates(call.model, event.exclude, _tokens(call))
         return serving, entries(serving) if self._pooled else serving
 
     def _place(self, event: CallArrived) -> Command:
@@ -236,7 +268,7 @@ class Router:
         decoders = [one for one in serving if one.endpoint.role == "decode"] if self._pooled else ()
         choice = (
             self.policy.choose(
-                Ready(call, candidates, self.view, self.forecaster, event.now_s, decoders)
+                Ready(call, candidates, self._view, self.forecaster, event.now_s, decoders)
             )
             if candidates
             else Wait("no_endpoint")
@@ -244,7 +276,7 @@ class Router:
         if isinstance(choice, Wait):
             self._hold(event)
             return Hold(call_id=call.call_id, reason=choice.reason, until_s=choice.until_s)
-        state = self.view.states[choice.endpoint]
+        state = self._view.states[choice.endpoint]
         forecast = self.forecaster.of(call)
         cost = choice.cost or cost_of(call, forecast, state, event.now_s)
         decode: EndpointState | None = None
@@ -253,7 +285,7 @@ class Router:
             decode = (
                 pair(call, forecast, state, serving, event.now_s)
                 if choice.decode_endpoint is None
-                else self.view.states[choice.decode_endpoint]
+                else self._view.states[choice.decode_endpoint]
             )
             finish_s += decode_s(call, forecast, state, decode, event.now_s)
         command = Send(
@@ -268,22 +300,31 @@ class Router:
             decode_endpoint=None if decode is None else decode.index,
             ranking=choice.ranking if decode is None else None,
         )
-        uncached = float(call.prompt_tokens - cost.cached_tokens)
+        self._sent = _Sent(call, state, decode, forecast, cost.cached_tokens, event.now_s)
+        return command
+
+    def settle(self) -> None:
+        """Count the call that was sent last, unless that is done."""
+        sent = self._sent
+        if sent is None:
+            return
+        self._sent = None
+        call, state, decode, forecast = sent.call, sent.state, sent.decode, sent.forecast
+        uncached = float(call.prompt_tokens - sent.cached_tokens)
         if decode is None:
-            self._reside(call, state, forecast, uncached, event.now_s)
+            self._reside(call, state, forecast, uncached, sent.now_s)
             self._where[call.call_id] = state
             if self.learner is not None:
                 self.learner.sent(
-                    call, state, cost.cached_tokens, forecast.output_tokens, event.now_s
+                    call, state, sent.cached_tokens, forecast.output_tokens, sent.now_s
                 )
         else:
-            self._reside(call, state, prefill_only(forecast), uncached, event.now_s)
-            self._reside(call, decode, forecast, 0.0, event.now_s)
+            self._reside(call, state, prefill_only(forecast), uncached, sent.now_s)
+            self._reside(call, decode, forecast, 0.0, sent.now_s)
             self._prefills[call.call_id] = state
             self._where[call.call_id] = decode
         self._states[call.call_id] = CallState.SENT
         self._calls[call.call_id] = call
-        return command
 
     def _reside(
         self, call: Call, state: EndpointState, forecast: Forecast, uncached: float, now_s: float
@@ -357,6 +398,7 @@ class Router:
                 continue
             del self._held[call.call_id], self._states[call.call_id]
             command = self._place(replace(held, now_s=now_s))
+            self.settle()  # the order may be a generator that looks at what was sent before
             if (
                 isinstance(command, Send)
                 or command.until_s is not None
@@ -376,6 +418,7 @@ class Router:
     @property
     def in_flight(self) -> int:
         """Calls sent and unfinished."""
+        self.settle()
         return len(self._where)
 
     @property

@@ -50,19 +50,21 @@ def decisions() -> Iterator[dict[str, Any]]:
         full = "" if slots == 32 else ", no slot free"
         where = f"{count} endpoints{full}"
         p50, p99 = quantiles(
-            decision_us(200, endpoints=count, slots=slots, policy="round_robin", instead=scalar)
+            decision_us(
+                200, endpoints=count, slots=slots, policy="round_robin", instead=scalar
+            ).answer
         )
         yield entry(f"scalar costs alone p50, {where}", p50, "us")
         yield entry(f"scalar costs alone p99, {where}", p99, "us")
         for policy in ("round_robin", "least_expected_finish", "marginal_cost", "almanac"):
             p50, p99 = quantiles(
-                decision_us(DECISIONS, endpoints=count, slots=slots, policy=policy)
+                decision_us(DECISIONS, endpoints=count, slots=slots, policy=policy).answer
             )
             bars = (20.0, 100.0) if policy == "almanac" and count == 64 else (None, None)
             yield entry(f"decision p50, {policy}, {where}", p50, "us", bars[0])
             yield entry(f"decision p99, {policy}, {where}", p99, "us", bars[1])
     for sites in (1, 10, 100, 1000):
-        p50, _ = quantiles(decision_us(DECISIONS, sites=sites))
+        p50, _ = quantiles(decision_us(DECISIONS, sites=sites).answer)
         yield entry(f"decision p50, almanac, 64 endpoints, graph of {sites}", p50, "us", 20.0)
 
 

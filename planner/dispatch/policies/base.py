@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
-    """A policy's answer.
+    """A policy's answer; like all that is made for each decision it is not frozen, see `Cost`.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Wait:
     until_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ready:
     """A ready call with all that may be looked at to place it.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from operator import attrgetter
+
 import numpy as np
 
 from planner.dispatch.policies.base import Choice, Ready, least
@@ -19,11 +22,12 @@ class RoundRobin:
 
     def choose(self, ready: Ready) -> Choice:
         """Return the next candidate in fleet order."""
-        size = len(ready.fleet.states)
+        candidates = ready.candidates
         # The turn goes by fleet position, so that an excluded endpoint does not shift the others.
-        chosen = min(ready.candidates, key=lambda state: (state.index - self._next) % size)
-        self._next = (chosen.index + 1) % size
-        return Choice(chosen.index, "turn")
+        place = bisect_left(candidates, self._next, key=attrgetter("index"))
+        chosen = candidates[place if place < len(candidates) else 0].index
+        self._next = (chosen + 1) % len(ready.fleet.states)
+        return Choice(chosen, "turn")
 
 
 class RandomChoice:

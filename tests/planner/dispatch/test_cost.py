@@ -162,8 +162,9 @@ def test_counts_do_not_drift() -> None:
         )
     _, kept = pass_of(call(), view, 200.0, now_s=9.0)
     _, fresh = pass_of(call(), FleetView(view.states), 200.0, now_s=9.0)
-    for name in FIELDS:
-        assert getattr(kept, name) == pytest.approx(getattr(fresh, name), rel=1e-6)
+    for one, other in zip(kept, fresh, strict=True):
+        for name in FIELDS:
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-6)
 
 
 def test_a_changed_row_changes_costs_at_once() -> None:

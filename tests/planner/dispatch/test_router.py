@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from planner.dispatch.events import (
@@ -12,6 +13,7 @@ from planner.dispatch.events import (
     CallFinished,
     EndpointDown,
     EndpointUp,
+    Event,
     FirstToken,
     Hold,
     PrefillFinished,
@@ -191,3 +193,35 @@ def test_prefix_index_forgets_least_recently_used_tails_first() -> None:
     assert index.held_tokens == 64.0
     assert index.match((1, 2, 3)) == 2
     assert index.match((9, 8)) == 2
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "marginal_cost", "fcfs_workflow"])
+def test_counting_after_the_answer_changes_no_command(policy: str) -> None:
+    """Decisions that are counted late give the commands of those that are counted at once."""
+    rng = np.random.default_rng(0)
+    late, at_once = router(3, policy), router(3, policy)
+    under_way: list[str] = []
+    for number in range(200):
+        event: Event
+        if under_way and rng.random() < 0.45:
+            over = under_way.pop(int(rng.integers(len(under_way))))
+            event = CallFinished(call_id=over, now_s=float(number), output_tokens=10)
+        else:
+            prefix = tuple(range(int(rng.integers(1, 40))))
+            arrived = call(f"c{number}", prefix=prefix)
+            event = CallArrived(call=arrived, now_s=float(number))
+        commands = late.decide(event)
+        assert commands == at_once.handle(event)
+        under_way += [command.call_id for command in commands if isinstance(command, Send)]
+    assert late.in_flight == at_once.in_flight == len(under_way)
+
+
+def test_whoever_looks_sees_what_was_sent() -> None:
+    """A call that was sent and not counted yet is counted before the view is shown."""
+    made = router(1)
+    made.decide(CallArrived(call=call("a", prefix=(1, 2, 3)), now_s=0.0))
+    assert made.on("a", 0)
+    assert made.view.states[0].in_flight == made.in_flight == 1
+    assert made.view.states[0].prefix.match((1, 2, 3)) == 3
+    with pytest.raises(IllegalEvent):
+        made.decide(CallArrived(call=call("a"), now_s=0.0))
