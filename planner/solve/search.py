@@ -124,7 +124,7 @@ def run_stage(
         _add_hint(model, variables, first)
     solver = cp_model.CpSolver()
     budget.apply(solver, seed)
-    status = solver.solve(model, _Log(note))
+    status = solver.solve(model, _Log(note, least))
     found = _outcome(status, solver, model, variables, goal, first, carried_rps)
     # Costs are whole, so the bound may be rounded up to one.
     bound = max(math.ceil(solver.best_objective_bound - 1e-6), least)
@@ -349,12 +349,14 @@ def _read(solver: cp_model.CpSolver, v: Variables, goal: Goal) -> Solution:
 
 
 class _Log(cp_model.CpSolverSolutionCallback):
-    """Passes improvements on."""
+    """Passes improvements on, with the best bound known: the solver forgets the one it was given."""
 
-    def __init__(self, note: Callable[[float, float, float], None]) -> None:
+    def __init__(self, note: Callable[[float, float, float], None], least: int) -> None:
         super().__init__()
         self._note = note
+        self._least = least
 
     def on_solution_callback(self) -> None:
         """Note a new best solution (called by the solver)."""
-        self._note(self.wall_time, self.objective_value, self.best_objective_bound)
+        bound = max(self.best_objective_bound, self._least)
+        self._note(self.wall_time, self.objective_value, bound)
