@@ -349,7 +349,7 @@ def _read(solver: cp_model.CpSolver, v: Variables, goal: Goal) -> Solution:
 
 
 class _Log(cp_model.CpSolverSolutionCallback):
-    """Passes improvements on, with the best bound known: the solver forgets the one it was given."""
+    """Passes improvements on, with the best bound known; the solver forgets what it was given."""
 
     def __init__(self, note: Callable[[float, float, float], None], least: int) -> None:
         super().__init__()
