@@ -17,13 +17,17 @@ Justification and RCPSP: a technique that pays, EJOR 2005.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from planner.domain.schedule import Schedule, ScheduleQuestion
 from planner.solve.flow_decode import Array, Flow, decode
 
-__all__ = ["flow_schedule", "least_makespan"]
+__all__ = ["Effort", "flow_schedule", "least_makespan"]
+
+_STEPS_PER_S = 1_300_000
+"""Numpy calls on rows of a batch that take a second, about."""
 
 _BATCH = 256
 """Schedules decoded at once: numpy's overhead is then small beside its work."""
@@ -41,14 +45,40 @@ _JUSTIFIED_STEPS = 3
 """What justifying costs: two passes, and about one for the disturbance."""
 
 
-def flow_schedule(question: ScheduleQuestion, *, effort: float, seed: int = 0) -> Schedule | None:
+class Effort:
+    """What may be spent on a search: seconds by a timer, or what takes about as long without one.
+
+    Parameters
+    ----------
+    limit_s
+        Seconds, >= 0.
+    timer
+        Returns seconds. Without one numpy calls are counted, so that results are reproducible.
+    """
+
+    def __init__(self, limit_s: float, timer: Callable[[], float] | None = None) -> None:
+        self._limit_s = limit_s
+        self._timer = timer
+        self._begin_s = timer() if timer else 0.0
+        self._steps = 0
+
+    def count(self, steps: int) -> None:
+        """Count numpy calls."""
+        self._steps += steps
+
+    def within(self, share: float) -> bool:
+        """Whether less than this share of the limit is spent."""
+        spent_s = self._timer() - self._begin_s if self._timer else self._steps / _STEPS_PER_S
+        return spent_s < share * self._limit_s
+
+
+def flow_schedule(question: ScheduleQuestion, *, effort: Effort, seed: int = 0) -> Schedule | None:
     """Return the best schedule found and a bound, or None if the question is not a flow shop.
 
     Parameters
     ----------
     effort
-        Numpy calls to spend after the first orders: about 1.3 million take a second. A count and
-        not a time, so that the result is reproducible.
+        What may be spent; the first orders are found in any case.
     """
     chains = _chains(question)
     if chains is None:
@@ -91,14 +121,14 @@ def least_makespan(flow: Flow) -> int:
     return least
 
 
-def _searched(flow: Flow, least: int, effort: float, seed: int) -> Array:
+def _searched(flow: Flow, least: int, effort: Effort, seed: int) -> Array:
     """Return the ends (S, J) of the best schedule found."""
-    ends = _Orders(flow, least, np.random.default_rng([seed, 0])).run(effort * _ORDERS / 2)
+    ends = _Orders(flow, least, np.random.default_rng([seed, 0])).run(effort, _ORDERS / 2)
     if ends.max() > least:
         backwards = _Orders(flow.mirrored, least, np.random.default_rng([seed, 1]))
-        other = _mirrored(flow.mirrored, backwards.run(effort * _ORDERS / 2))
+        other = _mirrored(flow.mirrored, backwards.run(effort, _ORDERS))
         ends = min(ends, other, key=lambda one: int(one.max()))
-    return _justified(flow, ends, least, effort * (1 - _ORDERS), np.random.default_rng([seed, 2]))
+    return _justified(flow, ends, least, effort, np.random.default_rng([seed, 2]))
 
 
 def _chains(question: ScheduleQuestion) -> list[list[int]] | None:
@@ -136,7 +166,7 @@ def _mirrored(flow: Flow, ends: Array) -> Array:
 
 
 def _justified(
-    flow: Flow, ends: Array, least: int, effort: float, rng: np.random.Generator
+    flow: Flow, ends: Array, least: int, effort: Effort, rng: np.random.Generator
 ) -> Array:
     """Return the ends (S, J) of the best schedule that disturbing and justifying finds."""
     backwards = flow.mirrored
@@ -145,9 +175,8 @@ def _justified(
     mean = float(flow.ticks.mean())
     stages, chains = flow.ticks.shape
     low, high = _NOISE
-    for _ in range(int(effort / (_JUSTIFIED_STEPS * flow.steps))):
-        if makespans[0] <= least:
-            break
+    while makespans[0] > least and effort.within(1.0):
+        effort.count(_JUSTIFIED_STEPS * flow.steps)
         deviation = mean * np.exp(rng.uniform(math.log(low), math.log(high), size=(_BATCH, 1)))
         share = np.exp(rng.uniform(math.log(_LEAST_SHARE), 0.0, size=(_BATCH, 1)))
         noise = rng.standard_normal((stages, _BATCH, chains), dtype=np.float32) * deviation
@@ -174,14 +203,13 @@ class _Orders:
         self._least = least
         self._rng = rng
 
-    def run(self, effort: float) -> Array:
-        """Return the ends (S, J) of the best schedule found."""
+    def run(self, effort: Effort, share: float) -> Array:
+        """Return the ends (S, J) of the best schedule found until a share of effort is spent."""
         ranks = self._first()
         value = int(_makespans(self._flow, ranks[np.newaxis])[0])
         best, best_value, stale = ranks, value, 0
-        for _ in range(int(effort / self._flow.steps)):
-            if best_value <= self._least:
-                break
+        while best_value > self._least and effort.within(share):
+            effort.count(self._flow.steps)
             batch = self._moved(ranks)
             makespans = _makespans(self._flow, batch)
             # Of equals any, for the same reason as above.

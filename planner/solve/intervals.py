@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ortools.sat.python import cp_model
@@ -24,7 +24,7 @@ from ortools.sat.python import cp_model
 from planner.domain.errors import ModelInvalid
 from planner.domain.schedule import Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
-from planner.solve.flow import flow_schedule
+from planner.solve.flow import Effort, flow_schedule
 from planner.solve.lines import is_shop
 from planner.solve.list_schedules import LIST_SCHEDULES
 from planner.solve.loads import priced_schedules, spread_loads
@@ -37,7 +37,6 @@ _MEDIUM = 300
 """Activities up to which a shop is one model from the start, and up to which mostly."""
 _FLOW_SHARE, _LARGE_FLOW_SHARE = 0.4, 0.9
 """Shares of the budget that local search takes in flow shops of medium size and larger ones."""
-_FLOW_STEPS_PER_S = 1_300_000
 _SPAN_SHARE, _LARGE_SPAN_SHARE = 0.4, 0.8
 """Shares that other shops spend on spans."""
 
@@ -57,6 +56,7 @@ def solve_schedule(
     budget: Budget | None = None,
     seed: int = 0,
     hint: Schedule | None = None,
+    timer: Callable[[], float] | None = None,
 ) -> ScheduleResult:
     """Return the best schedule found within a budget.
 
@@ -66,6 +66,9 @@ def solve_schedule(
         15 s on two workers unless given.
     hint
         A schedule to start from, beside the list schedules.
+    timer
+        Returns seconds, for searches outside the solver under a wall-clock limit. Without one they
+        count their work, and take longer than their share where others use the machine as well.
 
     Raises
     ------
@@ -79,7 +82,7 @@ def solve_schedule(
     best = min(starts, key=lambda one: one.objective)
     if not question.activities:
         return ScheduleResult(schedule=best, status="optimal", search_s=0.0)
-    best, least, budget = _searched(question, best, budget, seed)
+    best, least, budget = _searched(question, best, budget, seed, timer)
     model = _Model(question, best)
     least = max(least, model.least)
     if best.objective <= least:
@@ -102,7 +105,11 @@ def solve_schedule(
 
 
 def _searched(
-    question: ScheduleQuestion, start: Schedule, budget: Budget, seed: int
+    question: ScheduleQuestion,
+    start: Schedule,
+    budget: Budget,
+    seed: int,
+    timer: Callable[[], float] | None,
 ) -> tuple[Schedule, int, Budget]:
     """Return what heuristics make of a shop's schedule, a bound, and the budget they leave.
 
@@ -114,7 +121,7 @@ def _searched(
     limit = budget.wall_s if budget.wall_s is not None else budget.deterministic
     assert limit is not None  # noqa: S101 - Budget asks for one
     share = _FLOW_SHARE if medium else _LARGE_FLOW_SHARE
-    effort = limit * share * _FLOW_STEPS_PER_S
+    effort = Effort(limit * share, timer if budget.wall_s is not None else None)
     flow = flow_schedule(question, effort=effort, seed=seed)
     if flow is not None:
         # Spans, which take the rest elsewhere, gain nothing from where the local search ends.

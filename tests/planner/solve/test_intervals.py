@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from planner.domain.errors import InvalidInput
 from planner.domain.schedule import Activity, Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
-from planner.solve.flow import flow_schedule
+from planner.solve.flow import Effort, flow_schedule, least_makespan
+from planner.solve.flow_decode import Flow, decode
 from planner.solve.intervals import ScheduleResult, solve_schedule
 from planner.solve.lines import is_shop
 from planner.solve.list_schedules import LIST_SCHEDULES, heft
@@ -241,19 +242,69 @@ def test_flow_shops_are_searched_by_order(seed: int) -> None:
     rng = np.random.default_rng(seed)
     row = {"times": rng.integers(1, 20, (6, 3)).tolist(), "machines_per_stage": [2, 1, 2]}
     question = hfsp_question(row)
-    found = flow_schedule(question, effort=3000, seed=1)
+    found = flow_schedule(question, effort=Effort(0.05), seed=1)
     assert found is not None
     assert verify_schedule(question, found) == ()
-    assert found == flow_schedule(question, effort=3000, seed=1)
+    assert found == flow_schedule(question, effort=Effort(0.05), seed=1)
     best = solved(question).schedule.objective
     assert best <= found.objective <= 1.1 * best
+
+
+def test_orders_are_decoded_by_arrival() -> None:
+    """Two machines, then one: whoever ends first goes first; keys by stage decide otherwise."""
+    flow = Flow(np.array([[3, 1, 4], [2, 2, 2]]), (2, 1))
+    by_arrival = decode(flow, np.array([[0, 1, 2], [2, 0, 1]]))
+    assert by_arrival[:, 0].tolist() == [[3, 1, 5], [5, 3, 7]]
+    assert by_arrival[:, 1].tolist() == [[4, 1, 4], [6, 3, 8]]
+    by_stage = decode(flow, np.array([[[0, 1, 2]], [[0, 2, 1]]]))
+    assert by_stage[:, 0].tolist() == [[3, 1, 5], [5, 9, 7]]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000))
+def test_batches_decode_like_one_schedule_at_a_time(seed: int) -> None:
+    """Machine by machine in plain Python gives the same ends as a whole batch."""
+    rng = np.random.default_rng(seed)
+    chains, stages = (int(n) for n in rng.integers(1, 6, 2))
+    flow = Flow(rng.integers(1, 9, (stages, chains)), tuple(rng.integers(1, 5, stages).tolist()))
+    keys = rng.integers(-5, 5, (stages, 3, chains))
+    ends = decode(flow, keys)
+    for n in range(3):
+        ready = [0] * chains
+        for s, machines in enumerate(flow.machines):
+            free = [0] * machines
+            for j in sorted(range(chains), key=lambda j: (keys[s, n, j], j)):
+                free.sort()
+                free[0] = ready[j] = max(free[0], ready[j]) + int(flow.ticks[s, j])
+            assert ends[s, n].tolist() == ready
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_flow_shop_is_done_before_its_least_makespan(seed: int) -> None:
+    """The bound by stage holds; one stage of two machines, two chains: it is the longer one."""
+    rng = np.random.default_rng(seed)
+    row = {"times": rng.integers(1, 9, (4, 3)).tolist(), "machines_per_stage": [1, 2, 3]}
+    least = least_makespan(Flow(np.array(row["times"]).T, (1, 2, 3)))
+    assert least <= solved(hfsp_question(row)).schedule.objective
+    assert least_makespan(Flow(np.array([[3, 5]]), (2,))) == 5
+
+
+def test_a_timer_ends_the_search_of_a_flow_shop() -> None:
+    """With a timer its seconds count and not the work: three readings, and the limit is over."""
+    row = {"times": [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]] * 8, "machines_per_stage": [2, 2, 1, 2, 2]}
+    question = hfsp_question(row)
+    seconds = iter(range(100))
+    budget = Budget(wall_s=2.0, workers=1)
+    result = solve_schedule(question, budget=budget, timer=lambda: float(next(seconds)))
+    assert verify_schedule(question, result.schedule) == ()
+    assert next(seconds) < 10
 
 
 def test_what_is_no_flow_shop_is_left_alone() -> None:
     """A job shop, and a task graph with transfers, have no order to search."""
     shop = fjsp_question({"n_machines": 2, "jobs": [[[3, 0], [0, 2]], [[0, 2], [2, 0]]]})
-    assert flow_schedule(shop, effort=10) is None
-    assert flow_schedule(topcuoglu(), effort=10) is None
+    assert flow_schedule(shop, effort=Effort(0.1)) is None
+    assert flow_schedule(topcuoglu(), effort=Effort(0.1)) is None
 
 
 def _random_shop(rng: np.random.Generator, jobs: int, steps: int) -> ScheduleQuestion:
