@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.cli import bench_planner
+from planner.cli import bench_shops, bench_speed
 from planner.cli.main import main
 from planner.domain.errors import InvalidInput
 from planner.domain.schedule import ScheduleQuestion
@@ -58,9 +58,9 @@ def test_published_instances_are_judged(data: Path, capsys: pytest.CaptureFixtur
 
 def test_speed_figures_are_there() -> None:
     """A small share of the speed figures: windows, a fleet plan, the table."""
-    names = {row.name for row in bench_planner._table(1)}
+    names = {row.name for row in bench_speed.table_bars(1)}
     assert names == {"table_lookup_p50", "table_memory_four_buckets"}
-    took, gap, built = bench_planner._fleet_plan(4, 3, 0, 0.5, 2.0)
+    took, gap, built = bench_speed.fleet_plan(4, 3, 0, 0.5, 2.0)
     assert took > 0
     assert built > 0
     assert 0 <= gap < 1
@@ -79,7 +79,7 @@ def test_one_part_runs_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_offline_growth_is_measured() -> None:
     """A small offline question has its seconds and its gap."""
-    seconds, gap = bench_planner._offline(8, 3, 0.5)
+    seconds, gap = bench_speed.offline(8, 3, 0.5)
     assert seconds.value > 0
     assert 0 <= gap.value < 100
 
@@ -94,4 +94,17 @@ def test_a_peer_that_does_not_run_is_named(tmp_path: Path) -> None:
     """An interpreter without PyJobShop is bad input."""
     question = ScheduleQuestion(slots=(1,), activities=())
     with pytest.raises(InvalidInput, match="--peer-python"):
-        bench_planner._peer(tmp_path / "python", question, 1.0)
+        bench_shops.peer_objective(tmp_path / "python", question, 1.0)
+
+
+def test_what_a_peer_leaves_unsolved_is_not_compared(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A distance to the peer where it has a schedule, no such figure where it has none."""
+    argv = ["bench-planner", "--data", str(data), "--quick", "--json", "--only", "hfsp,fjsp"]
+    peers = iter([5.0, float("inf")])
+    monkeypatch.setattr(bench_shops, "peer_objective", lambda *_: next(peers))
+    assert main([*argv, "--peer-python", "python"]) == 0
+    values = {row["name"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+    assert values["fjsp_behind_pyjobshop_5s"] == 0
+    assert "hfsp_behind_pyjobshop_5s" not in values
