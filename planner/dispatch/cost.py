@@ -195,8 +195,10 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
     )
 
 
+_LEVELS = 4
+"""Amounts of cached tokens that one product takes; the endpoints of more are corrected after it."""
 _FEW = 6
-"""Endpoints that are corrected one by one rather than as an array."""
+"""Endpoints that are treated one by one rather than as an array."""
 
 
 def fleet_costs(
@@ -217,37 +219,41 @@ def fleet_costs(
     loads.advance(now_s)
     output = forecast.output_tokens
     context = prompt_tokens + 0.5 * output
-    # What all hold, and what many hold, goes with the pass; the rest is taken off afterwards.
     most = max(0, prompt_tokens - 1)
-    levels: list[tuple[int, int]] = []
-    common = most if prefilled else 0
-    if not prefilled:
-        for depth, who in view.matches(prefix):
-            levels.append((min(most, int(depth * prefix_tokens)), who))
-        if levels and levels[0][1] == view.everyone:
-            common = levels.pop(0)[0]
-    held = common
-    many = 0
-    if levels and levels[0][1].bit_count() > _FEW:
-        held, many = levels.pop(0)
+    if prefilled:
+        levels = [(most, view.everyone)]
+    else:
+        levels = [
+            (min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)
+        ]
+        if not levels or levels[0][1] != view.everyone:
+            levels.insert(0, (0, view.everyone))
 
-    # Two calls are reckoned: as those see it that hold what is common, and those that hold more.
-    one, size = _CALL, rows.FEATURES
-    one[rows.TOKENS] = tokens = prompt_tokens - common
-    one[rows.SQUARE_TOKENS] = tokens * float(prompt_tokens + common)
-    one[rows.OUTPUT] = one[size + rows.OUTPUT] = output
-    one[rows.OUTPUT_CONTEXT] = one[size + rows.OUTPUT_CONTEXT] = output * context
-    one[rows.CONTEXT_TOKENS] = one[size + rows.CONTEXT_TOKENS] = context
-    one[rows.HELD] = common
-    one[size + rows.TOKENS] = tokens = prompt_tokens - held
-    one[size + rows.SQUARE_TOKENS] = tokens * float(prompt_tokens + held)
-    one[size + rows.HELD] = held
-    whole: Floats = _CALLS.dot(loads.by_feature).reshape(2, rows.RESULTS, -1)
-    table = whole[0]
-    if many:
-        np.putmask(table, view.spread(many), whole[1])
-    if levels:
-        _save(table, loads, view, held, levels)
+    # One product reckons the call as those of each level see it.
+    cells, start = _CELLS, 0
+    for cached, _ in levels[:_LEVELS]:
+        tokens = prompt_tokens - cached
+        cells[start + rows.TOKENS] = tokens
+        cells[start + rows.SQUARE_TOKENS] = float(tokens) * (prompt_tokens + cached)
+        cells[start + rows.OUTPUT] = output
+        cells[start + rows.OUTPUT_CONTEXT] = output * context
+        cells[start + rows.CONTEXT_TOKENS] = context
+        cells[start + rows.HELD] = cached
+        start += rows.FEATURES
+    calls = _CALLS[min(len(levels), _LEVELS)]
+    seen: Floats = calls.dot(loads.by_feature).reshape(len(calls), rows.RESULTS, -1)
+    table = seen[0]
+    for place in range(1, len(calls)):
+        who, deeper = levels[place][1], seen[place]
+        if who.bit_count() > _FEW:
+            np.putmask(table, view.spread(who), deeper)
+            continue
+        while who:
+            index = who.bit_length() - 1
+            who ^= 1 << index
+            table[:, index] = deeper[:, index]
+    if len(levels) > _LEVELS:
+        _save(table, loads, view, levels[_LEVELS:])
 
     place, part = knot(output)
     _PAIR[0], _PAIR[1] = 1.0 - part, part
@@ -263,48 +269,29 @@ def fleet_costs(
     return Costs(table)
 
 
-def _save(
-    table: Floats, loads: Loads, view: FleetView, held: int, levels: list[tuple[int, int]]
-) -> None:
+def _save(table: Floats, loads: Loads, view: FleetView, levels: Sequence[tuple[int, int]]) -> None:
     """Take off the prefill that is saved by endpoints that hold more than the table says.
 
-    Parameters
-    ----------
-    held
-        The most tokens that it says of those.
-    levels
-        Cached tokens, rising, and the endpoints that hold them.
+    ``levels`` are cached tokens, rising, and the endpoints that hold them.
     """
-    tokens, who = levels[0]
-    if who.bit_count() > _FEW:
-        before = table[rows.CACHED]
-        cached = before.copy()
-        for tokens, some in levels:
-            np.putmask(cached, view.spread(some)[0], float(tokens))
-        saved = cached + before
-        saved *= loads.coefficients[rows.SQUARE]
-        saved += loads.coefficients[rows.PREFILL]
-        saved *= cached - before
-        table[rows.CACHED] = cached
-        table[rows.SERVICE] -= saved
-        saved *= loads.weight
-        table[rows.IMPOSED] -= saved
-        return
-    while who:
-        index = who.bit_length() - 1
-        who ^= 1 << index
-        for deeper, some in levels:
-            if some >> index & 1:
-                tokens = deeper
-        square, linear, weight = loads.prefill_of(index)
-        seconds = (square * (tokens + held) + linear) * (tokens - held)
-        table[rows.CACHED, index] = tokens
-        table[rows.SERVICE, index] -= seconds
-        table[rows.IMPOSED, index] -= weight * seconds
+    before = table[rows.CACHED]
+    cached = before.copy()
+    for tokens, who in levels:
+        np.putmask(cached, view.spread(who)[0], float(tokens))
+    saved = cached + before
+    saved *= loads.coefficients[rows.SQUARE]
+    saved += loads.coefficients[rows.PREFILL]
+    saved *= cached - before
+    table[rows.CACHED] = cached
+    table[rows.SERVICE] -= saved
+    saved *= loads.weight
+    table[rows.IMPOSED] -= saved
 
 
-_CALL = array("d", bytes(8 * 2 * rows.FEATURES))
-_CALL[rows.UNIT] = _CALL[rows.FEATURES + rows.UNIT] = 1.0
-_CALLS: Floats = np.frombuffer(_CALL).reshape(2, rows.FEATURES)
+_CELLS = array("d", bytes(8 * _LEVELS * rows.FEATURES))
+_WHOLE: Floats = np.frombuffer(_CELLS).reshape(_LEVELS, rows.FEATURES)
+_WHOLE[:, rows.UNIT] = 1.0
+_CALLS = tuple(_WHOLE[:count] for count in range(_LEVELS + 1))
+"""The features of a call, by the number of levels."""
 _PAIR = array("d", (0.0, 0.0))
 _PAIR_VIEW: Floats = np.frombuffer(_PAIR)

@@ -284,11 +284,6 @@ class Loads:
         seconds: Floats = np.array(features) @ self._alone
         return seconds
 
-    def prefill_of(self, index: int) -> tuple[float, float, float]:
-        """Return one endpoint's c' and b, s per squared token and per token, and ``weight``."""
-        cells, size = self._cells, len(self._states)
-        return cells[SQUARE * size + index], cells[PREFILL * size + index], self._weights[index]
-
     def turn_tokens(self, state: EndpointState, slots: int) -> float:
         """Return the steps until a call would get a slot of ``slots``, all of them taken.
 
