@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.dispatch.policies import make_policy
-from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
+from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
 from planner.domain.fleet import Fleet
 from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
@@ -261,7 +261,7 @@ def refilled_tokens(
     refilled = 0
     for call in calls:
         task = tasks[call.call_id.partition("#")[0]]
-        chain = block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
+        chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
         seen = held.setdefault(call.prefill_endpoint or call.endpoint, set())
         if call.run_id not in left_out:
             # The last prompt token is always computed.
