@@ -1,32 +1,28 @@
 """Keeps the resident set of a long-lived process from creeping up while its objects do not grow.
 
-asyncio reads into buffers of 256 KiB and cuts each down to the few hundred bytes that came. glibc
-takes such buffers from pages of their own at first, but learns from their being freed that it had
-better take them from the heap. There each needs a hole of 256 KiB, and what is left of it after
-the cut soon is no such hole any more: with a thousand streams the heap doubles in ten minutes while
-what is used of it stays the same.
+asyncio reads into buffers of 256 KiB and cuts each down to the few hundred bytes that came. Each
+needs a hole of 256 KiB in the heap, and what is left of it after the cut soon is no such hole any
+more: with a thousand streams the heap doubled in ten minutes while what was used of it stayed the
+same. asyncio has no setting for it.
 """
 
 from __future__ import annotations
 
-import ctypes
+from asyncio import selector_events
 
-__all__ = ["steady_heap"]
+__all__ = ["READ_BYTES", "small_reads"]
 
-_M_MMAP_THRESHOLD = -3
-"""As in glibc's malloc.h."""
-_THRESHOLD = 128 * 1024
-"""glibc's own at the start of a process; setting it keeps it from moving."""
+READ_BYTES = 32 * 1024
+"""Read at a time: many times a piece of a stream, and a long answer in a few reads."""
 
 
-def steady_heap() -> bool:
-    """Make large buffers of this process have pages of their own, which go back when freed.
+def small_reads() -> bool:
+    """Make the sockets of this process read `READ_BYTES` at a time, those open already too.
 
-    Costs two system calls a buffer. Return whether the C library knows how; others are left as
-    they are.
+    Return whether its asyncio could be told; another event loop is left as it is.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+    transport = getattr(selector_events, "_SelectorTransport", None)
+    if transport is None or not hasattr(transport, "max_size"):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _THRESHOLD))
+    transport.max_size = READ_BYTES
+    return True

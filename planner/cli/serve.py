@@ -22,7 +22,7 @@ from planner.domain.errors import PlannerError
 from planner.domain.estimates import load_estimates
 from planner.domain.workflow import load_workflow
 from runtime.config import ServeConfig, all_settings
-from runtime.memory import steady_heap
+from runtime.memory import small_reads
 from runtime.settings import unknown_variables
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 _say(f"warning: no answer from {silent}; looking again until they come up")
             if config.gateway.dashboard:
                 _say(f"live view: {server.address}/dashboard")
-            steady_heap()
+            small_reads()
             # What is here by now stays: collections while serving need not look at it again.
             gc.collect()
             gc.freeze()
