@@ -385,7 +385,6 @@ def _simulate(job: _Job) -> str:
     return f"{job.setup.policy} in {job.setting.name}, seed {job.seed}"
 
 
-@lru_cache(maxsize=4)
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Let no garbage be collected: a cell makes little, and looking for it takes a tenth of it."""
@@ -396,6 +395,7 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
+@lru_cache(maxsize=4)
 def _workload(setting: Setting, seed: int, runs: int, data: Path | None) -> tuple[RunSpec, ...]:
     return workload(setting, seed, runs, data=data)
 

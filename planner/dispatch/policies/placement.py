@@ -70,6 +70,8 @@ class Pairs:
         Fleet indices of the endpoint each way enters and of the one it decodes on, -1 if the same.
     entry, decode
         Their places among ``entries`` and ``decoders``, 0 for no decoder; shape (ways,).
+    ends
+        ``indices`` as an array; shape (2, ways).
     split
         Whether a way has a decoder, 0 or 1; shape (ways,).
     decoders
@@ -78,7 +80,7 @@ class Pairs:
         Seconds per token of KV that a way moves; shape (ways,).
     """
 
-    __slots__ = ("_kept", "decode", "decoders", "entry", "indices", "pull_s", "split")
+    __slots__ = ("_kept", "decode", "decoders", "ends", "entry", "indices", "pull_s", "split")
 
     def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
         ways = [
@@ -91,6 +93,7 @@ class Pairs:
             (entries[place].index, -1 if other is None else decoders[other].index)
             for place, other in ways
         ]
+        self.ends = np.array(self.indices, dtype=np.intp).T
         self.entry = np.array([place for place, _ in ways])
         self.decode = np.array([other or 0 for _, other in ways])
         self.split = np.array([float(other is not None) for _, other in ways])
@@ -137,11 +140,11 @@ class Routes:
             call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet,
             ready.now_s, prefilled=True,
         ).take(pairs.decoders)  # fmt: skip
-        missing = [
-            max(0.0, call.prompt_tokens - state.prefix.match(call.prefix) * call.prefix_tokens)
-            for state in ready.decoders
-        ]
-        self.own_s = self.own_s[pairs.entry] + np.array(missing)[pairs.decode] * pairs.pull_s
+        missing = np.full(len(ready.fleet.states), float(call.prompt_tokens))
+        for depth, who in ready.fleet.matches(call.prefix):
+            missing[ready.fleet.spread(who)[0]] = call.prompt_tokens - depth * call.prefix_tokens
+        missing = np.maximum(missing[pairs.decoders], 0.0)
+        self.own_s = self.own_s[pairs.entry] + missing[pairs.decode] * pairs.pull_s
         self.own_s += self._rest.own_s[pairs.decode] * pairs.split
 
     def route(self, way: int) -> Route:
@@ -210,25 +213,33 @@ class Placement:
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[int, ...], Pairs] = {}
-        self._booked_s: dict[int, float] = {}
+        self._booked_s = np.zeros(1)
         self._closed: set[int] = set()
+        self._able: tuple[EndpointState, ...] = ()
 
-    def begin(self, fleet: FleetView) -> None:  # noqa: ARG002 - for those that override it
+    def begin(self, fleet: FleetView) -> None:
         """Begin a pass over the queue."""
-        self._booked_s.clear()
+        # One place more than endpoints: that of no decoder, at -1.
+        self._booked_s = np.zeros(len(fleet.states) + 1)
         self._closed.clear()
+        self._able = ()
 
     def open(self, fleet: FleetView) -> bool:
         """Return whether anything could still be sent in this pass."""
-        able: dict[str, set[str]] = {}  # model -> roles with room
+        # Those that had room a call ago mostly have room now.
+        if self._able and all(state.healthy and self.admits(state) for state in self._able):
+            return True
+        able: dict[str, dict[str, EndpointState]] = {}  # model -> role -> one with room
         for state in fleet.states:
             if state.healthy and self.admits(state):
                 endpoint = state.endpoint
                 if endpoint.role == "both":
+                    self._able = (state,)
                     return True
-                roles = able.setdefault(endpoint.model, set())
-                roles.add(endpoint.role)
+                roles = able.setdefault(endpoint.model, {})
+                roles[endpoint.role] = state
                 if len(roles) == 2:
+                    self._able = tuple(roles.values())
                     return True
         return False
 
@@ -254,11 +265,8 @@ class Placement:
         """Return the call's best route if it has room, else None, and keep its place there."""
         routes = self.routes(ready)
         finish_s = routes.own_s
-        if self._booked_s:
-            booked = self._booked_s.get
-            finish_s = finish_s + [
-                booked(entry, 0.0) + booked(decode, 0.0) for entry, decode in routes.pairs.indices
-            ]
+        if self._closed:
+            finish_s = finish_s + self._booked_s[routes.pairs.ends].sum(axis=0)
         return self.settle(routes.route(int(finish_s.argmin())), ready)
 
     def settle(self, route: Route, ready: Ready) -> Route | None:
@@ -283,5 +291,5 @@ class Placement:
             if state.endpoint.role != "prefill":
                 endpoint = state.endpoint
                 turns = max(1.0, min(endpoint.max_num_seqs, endpoint.kv_tokens / need))
-            self._booked_s[state.index] = self._booked_s.get(state.index, 0.0) + seconds / turns
+            self._booked_s[state.index] += seconds / turns
         return None
