@@ -22,7 +22,7 @@ from planner.domain.errors import PlannerError
 from planner.domain.estimates import load_estimates
 from planner.domain.workflow import load_workflow
 from runtime.config import ServeConfig, all_settings
-from runtime.memory import small_reads
+from runtime.memory import small_reads, steady_heap
 from runtime.settings import unknown_variables
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
             if config.gateway.dashboard:
                 _say(f"live view: {server.address}/dashboard")
             small_reads()
+            steady_heap()
             # What is here by now stays: collections while serving need not look at it again.
             gc.collect()
             gc.freeze()

@@ -103,7 +103,7 @@ async def soak(
     """
     _allow_files(runs)
     ports = free_ports(_ENDPOINTS + 1)
-    fleet = write_fleet(folder, ports[1:], slots=256, kv_blocks=8000)
+    fleet = write_fleet(folder, ports[1:], slots=256, kv_blocks=4000)
     # With so few blocks what is remembered of their caches is complete within warm-up.
     mock = [*ALMANAC, "mock-fleet", str(fleet), "--dilation", _PACE, "--stream-interval", "8"]
     gateway = [

@@ -24,7 +24,7 @@ from runtime.forwarding import Forwarder
 from runtime.gateway import tls_context
 from runtime.inference import INFERENCE, errors, infer, limit_headers, open_runner
 from runtime.links import EndpointUnreachable
-from runtime.memory import small_reads
+from runtime.memory import small_reads, steady_heap
 from runtime.processes.channel import Channel, Message
 from runtime.processes.remote import RemoteDesk, State
 from runtime.transport import open_session
@@ -214,6 +214,7 @@ async def _main(listener: int, channel: int) -> None:
 def main() -> None:
     """Run the worker that the command line names."""
     small_reads()
+    steady_heap()
     asyncio.run(_main(int(sys.argv[1]), int(sys.argv[2])))
 
 
