@@ -92,7 +92,7 @@ _CALIBRATED = (
     Setting(mix="tree", load=0.95),
     Setting(fleet="hetero1", mix="rag", arrivals="burst"),
     Setting(fleet="hetero2", mix="react", arrivals="burst"),
-    Setting(fleet="h00", mix="multi_tenant", arrivals="burst"),
+    acceptance.TENANTS,
 )
 _SCARCE = tuple(
     Setting(kv="scarce", mix=mix, load=load)
