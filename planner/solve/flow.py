@@ -5,7 +5,8 @@ Then an order of the chains at the first endpoint decides all: at each later one
 as they arrive. Such orders are searched first, forwards and for the mirrored question (last stage
 first), since either may be the easier one. What no order reaches follows by justification:
 a schedule's ends, disturbed at random, are the order in which each stage is moved as late as
-possible, and those starts the order in which it is moved as early as possible again.
+possible, and those starts the order in which it is moved as early as possible again. In between,
+part of the time goes to a bound that may end the search before.
 
 References
 ----------
@@ -17,24 +18,22 @@ Justification and RCPSP: a technique that pays, EJOR 2005.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
 from planner.domain.schedule import Schedule, ScheduleQuestion
+from planner.solve.effort import Effort
+from planner.solve.flow_bound import flow_bound, least_makespan
 from planner.solve.flow_decode import Array, Flow, decode
 
-__all__ = ["Effort", "flow_schedule", "least_makespan"]
-
-_STEPS_PER_S = 1_300_000
-"""Numpy calls on rows of a batch that take a second, about."""
+__all__ = ["flow_schedule"]
 
 _BATCH = 256
 """Schedules decoded at once: numpy's overhead is then small beside its work."""
 _PATIENCE = 25
 """Batches without an improvement before the order is disturbed."""
-_ORDERS = 0.6
-"""Share of the effort for orders; the rest is for justification."""
+_ORDERS, _BOUND = 0.55, 0.65
+"""Shares of the effort after which orders, and the bound, are done; the rest is justification."""
 _KEPT = 32
 """Schedules that justification goes on from."""
 _NOISE = (0.02, 1.0)
@@ -43,33 +42,6 @@ _LEAST_SHARE = 0.01
 """Least share of the ends that are disturbed."""
 _JUSTIFIED_STEPS = 3
 """What justifying costs: two passes, and about one for the disturbance."""
-
-
-class Effort:
-    """What may be spent on a search: seconds by a timer, or what takes about as long without one.
-
-    Parameters
-    ----------
-    limit_s
-        Seconds, >= 0.
-    timer
-        Returns seconds. Without one numpy calls are counted, so that results are reproducible.
-    """
-
-    def __init__(self, limit_s: float, timer: Callable[[], float] | None = None) -> None:
-        self._limit_s = limit_s
-        self._timer = timer
-        self._begin_s = timer() if timer else 0.0
-        self._steps = 0
-
-    def count(self, steps: int) -> None:
-        """Count numpy calls."""
-        self._steps += steps
-
-    def within(self, share: float) -> bool:
-        """Whether less than this share of the limit is spent."""
-        spent_s = self._timer() - self._begin_s if self._timer else self._steps / _STEPS_PER_S
-        return spent_s < share * self._limit_s
 
 
 def flow_schedule(question: ScheduleQuestion, *, effort: Effort, seed: int = 0) -> Schedule | None:
@@ -93,8 +65,7 @@ def flow_schedule(question: ScheduleQuestion, *, effort: Effort, seed: int = 0) 
         ticks.astype(np.int32 if small else np.int64),
         tuple(question.slots[i] for i in endpoints if i is not None),
     )
-    least = least_makespan(flow)
-    ends = _searched(flow, least, effort, seed)
+    ends, least = _searched(flow, effort, seed)
     starts = np.zeros(len(activities), dtype=np.int64)
     starts[np.array(chains).T] = ends - flow.ticks
     return Schedule(
@@ -105,31 +76,17 @@ def flow_schedule(question: ScheduleQuestion, *, effort: Effort, seed: int = 0) 
     )
 
 
-def least_makespan(flow: Flow) -> int:
-    """Return a makespan in ticks that no schedule is below.
-
-    Each machine of a stage waits for the first chain and is followed by the rest of the last; at
-    best these are the shortest ways to the stage and from it.
-    """
-    chains = flow.ticks.shape[1]
-    ends = flow.ticks.cumsum(axis=0)
-    least = int(ends[-1].max())
-    for s, machines in enumerate(flow.machines):
-        used = min(machines, chains)
-        before = np.sort(ends[s] - flow.ticks[s])[:used].sum()
-        after = np.sort(ends[-1] - ends[s])[:used].sum()
-        least = max(least, -int(-(before + flow.ticks[s].sum() + after) // used))
-    return least
-
-
-def _searched(flow: Flow, least: int, effort: Effort, seed: int) -> Array:
-    """Return the ends (S, J) of the best schedule found."""
+def _searched(flow: Flow, effort: Effort, seed: int) -> tuple[Array, int]:
+    """Return the ends (S, J) of the best schedule found, and a makespan that none is below."""
+    least = least_makespan(flow)
     ends = _Orders(flow, least, np.random.default_rng([seed, 0])).run(effort, _ORDERS / 2)
     if ends.max() > least:
         backwards = _Orders(flow.mirrored, least, np.random.default_rng([seed, 1]))
         other = _mirrored(flow.mirrored, backwards.run(effort, _ORDERS))
         ends = min(ends, other, key=lambda one: int(one.max()))
-    return _justified(flow, ends, least, effort, np.random.default_rng([seed, 2]))
+    if ends.max() > least:
+        least = flow_bound(flow, makespan=int(ends.max()), effort=effort, share=_BOUND)
+    return _justified(flow, ends, least, effort, np.random.default_rng([seed, 2])), least
 
 
 def _chains(question: ScheduleQuestion) -> list[list[int]] | None:

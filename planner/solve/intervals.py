@@ -7,9 +7,9 @@ modes, and, for the makespan, head, work and tail of each endpoint.
 
 The list schedules of `planner.solve.list_schedules` are the hint, and the answer if nothing
 better is found, so the result is never worse than any of them. Shops of more than 60 activities
-get a better hint first. A flow shop's comes from local search, which takes most of the budget;
-that of others from list schedules that pay for busy endpoints and improvement span by span, and
-the larger the shop, the more of the budget goes there.
+get a better hint first. A flow shop's comes from local search, which takes most of the budget and
+bounds all stages together; that of others from list schedules that pay for busy endpoints and
+improvement span by span, and the larger the shop, the more of the budget goes there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ortools.sat.python import cp_model
 from planner.domain.errors import ModelInvalid
 from planner.domain.schedule import Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
-from planner.solve.flow import Effort, flow_schedule
+from planner.solve.effort import Effort
+from planner.solve.flow import flow_schedule
 from planner.solve.lines import is_shop
 from planner.solve.list_schedules import LIST_SCHEDULES
 from planner.solve.loads import priced_schedules, spread_loads
@@ -35,8 +36,8 @@ __all__ = ["ScheduleResult", "solve_schedule"]
 _SMALL = 60
 _MEDIUM = 300
 """Activities up to which a shop is one model from the start, and up to which mostly."""
-_FLOW_SHARE, _LARGE_FLOW_SHARE = 0.4, 0.9
-"""Shares of the budget that local search takes in flow shops of medium size and larger ones."""
+_FLOW_SHARE, _LARGE_FLOW_SHARE = 0.45, 0.95
+"""Shares of the budget that local search and a bound take in medium and larger flow shops."""
 _SPAN_SHARE, _LARGE_SPAN_SHARE = 0.4, 0.8
 """Shares that other shops spend on spans."""
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from planner.domain.errors import InvalidInput
 from planner.domain.schedule import Activity, Mode, Schedule, ScheduleQuestion
 from planner.solve.budget import Budget
-from planner.solve.flow import Effort, flow_schedule, least_makespan
+from planner.solve.effort import Effort
+from planner.solve.flow import flow_schedule
+from planner.solve.flow_bound import least_makespan
 from planner.solve.flow_decode import Flow, decode
 from planner.solve.intervals import ScheduleResult, solve_schedule
 from planner.solve.lines import is_shop
@@ -279,16 +281,6 @@ def test_batches_decode_like_one_schedule_at_a_time(seed: int) -> None:
             assert ends[s, n].tolist() == ready
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_no_flow_shop_is_done_before_its_least_makespan(seed: int) -> None:
-    """The bound by stage holds; one stage of two machines, two chains: it is the longer one."""
-    rng = np.random.default_rng(seed)
-    row = {"times": rng.integers(1, 9, (4, 3)).tolist(), "machines_per_stage": [1, 2, 3]}
-    least = least_makespan(Flow(np.array(row["times"]).T, (1, 2, 3)))
-    assert least <= solved(hfsp_question(row)).schedule.objective
-    assert least_makespan(Flow(np.array([[3, 5]]), (2,))) == 5
-
-
 def test_a_timer_ends_the_search_of_a_flow_shop() -> None:
     """With a timer its seconds count and not the work: three readings, and the limit is over."""
     row = {"times": [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]] * 8, "machines_per_stage": [2, 2, 1, 2, 2]}
@@ -298,6 +290,18 @@ def test_a_timer_ends_the_search_of_a_flow_shop() -> None:
     result = solve_schedule(question, budget=budget, timer=lambda: float(next(seconds)))
     assert verify_schedule(question, result.schedule) == ()
     assert next(seconds) < 10
+
+
+def test_a_flow_shop_reports_the_bound_of_all_stages() -> None:
+    """Each stage alone says 45; on average 20 before, 15 2/7 and 4 on the way, 20 after say 60."""
+    row = {"times": [[2, 31, 2]] * 10 + [[2, 1, 2]] * 11, "machines_per_stage": [1, 21, 1]}
+    question = hfsp_question(row)
+    found = flow_schedule(question, effort=Effort(0.2))
+    assert found is not None
+    assert verify_schedule(question, found) == ()
+    assert found.bound == 60
+    assert least_makespan(Flow(np.array(row["times"]).T, (1, 21, 1))) == 45
+    assert solve_schedule(question, budget=SHORT).schedule.bound >= 60
 
 
 def test_what_is_no_flow_shop_is_left_alone() -> None:
