@@ -56,6 +56,27 @@ def test_published_instances_are_judged(data: Path, capsys: pytest.CaptureFixtur
     }  # fmt: skip
 
 
+def test_published_values_out_of_reach_are_marked(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Best known 5 where 7 is proven: the old gap stays, beside it none to what is proven."""
+    path = data / "shop_scheduling/hfsp.jsonl"
+    row = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(row | {"best_known": "5"}) + "\n", encoding="utf-8")
+    argv = ["bench-planner", "--data", str(data), "--quick", "--json", "--only", "hfsp,fjsp"]
+    assert main(argv) == 0
+    said = capsys.readouterr()
+    assert "hfsp 1: 7, best known 5 (proven out of reach: at least 7)" in said.err
+    assert "fjsp 1: 5, best known 5\n" in said.err
+    values = {row["name"]: row["value"] for row in json.loads(said.out)}
+    assert values["hfsp_gap_5s_1_instances"] == pytest.approx(40.0)
+    assert values["hfsp_gap_to_known_or_proven_5s"] == 0
+    assert (values["hfsp_best_known_out_of_reach"], values["fjsp_best_known_out_of_reach"]) == (
+        1,
+        0,
+    )
+
+
 def test_speed_figures_are_there() -> None:
     """A small share of the speed figures: windows, a fleet plan, the table."""
     names = {row.name for row in bench_speed.table_bars(1)}
