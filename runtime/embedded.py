@@ -31,6 +31,7 @@ from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.workflow import Workflow, load_workflow
 from runtime.config import GatewayConfig
 from runtime.control import Control
+from runtime.diagnostics import diagnostics
 from runtime.gateway import Gateway, model_card
 from runtime.inference import INFERENCE, KEPT_BACK
 from runtime.inprocess import Deliver, Failure, Head, Pipe, Transports, transports
@@ -216,7 +217,7 @@ class EmbeddedRouter:
 
     def emit(self, event: Mapping[str, Any]) -> None:
         """Take one lifecycle event; returns at once."""
-        self._soon(lambda: self._control.take_events([dict(event)]))
+        self._soon(lambda: self._control.reports.take([dict(event)]))
 
     # State
 
@@ -233,7 +234,7 @@ class EmbeddedRouter:
 
     def diagnostics(self) -> dict[str, Any]:
         """Return what the router knows and how good its forecasts are, JSON-ready."""
-        return self._ask(self._control.diagnostics)
+        return self._ask(lambda: diagnostics(self._control))
 
     # Serving; the coroutines of this part run on the router's loop
 

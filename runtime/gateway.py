@@ -46,6 +46,7 @@ from runtime.control import Control
 from runtime.dashboard.live import LiveView
 from runtime.dashboard.page import UNCACHED, page_routes
 from runtime.desk import LocalDesk
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.endpoints import EndpointLink
 from runtime.fleets import FleetChange, present
 from runtime.forwarding import Forwarder
@@ -312,7 +313,7 @@ class Gateway:
 
     async def _metrics(self, _request: web.Request) -> web.Response:
         return web.Response(
-            body=self.control.metrics_text().encode(), headers={"Content-Type": CONTENT_TYPE}
+            body=metrics_text(self.control).encode(), headers={"Content-Type": CONTENT_TYPE}
         )
 
     # Workflows and events
@@ -329,7 +330,7 @@ class Gateway:
         events = document.get("events")
         if not isinstance(events, list):
             raise ApiError(400, 'Write {"events": [...]}.', param="events")
-        taken = self.control.take_events(events, tenant)
+        taken = self.control.reports.take(events, tenant)
         return web.json_response({"taken": taken, "ignored": len(events) - taken})
 
     async def _finish_session(self, request: web.Request) -> web.Response:
@@ -339,7 +340,7 @@ class Gateway:
         name = next(filter(None, named), None)
         if not isinstance(name, str):
             raise ApiError(400, 'Write {"session_id": "..."}.', param="session_id")
-        return web.json_response({"ended": self.control.end_session(name, tenant)})
+        return web.json_response({"ended": self.control.lifecycle.end_session(name, tenant)})
 
     # Admin
 
@@ -361,7 +362,7 @@ class Gateway:
         return is_admin(request, self.control.config)
 
     async def _diagnostics(self, _request: web.Request) -> web.Response:
-        return web.json_response(self.control.diagnostics())
+        return web.json_response(diagnostics(self.control))
 
     async def _live(self, _request: web.Request) -> web.Response:
         return web.json_response(await self._view.facts(), headers=UNCACHED)
@@ -374,7 +375,7 @@ class Gateway:
         return web.json_response(facts, headers=UNCACHED)
 
     async def _workers(self, _request: web.Request) -> web.Response:
-        return web.json_response({"workers": self.control.diagnostics()["endpoints"]})
+        return web.json_response({"workers": diagnostics(self.control)["endpoints"]})
 
     async def _add_worker(self, request: web.Request) -> web.Response:
         endpoint = read_endpoint(await _json(request), "worker")
@@ -475,7 +476,7 @@ class Gateway:
     async def _expire_loop(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
-            self.control.expire_runs()
+            self.control.lifecycle.expire()
 
 
 def tls_context(certificate: str, key: str) -> ssl.SSLContext:

@@ -60,6 +60,10 @@ class Tenant:
                 f"{self.max_in_flight!r}", where="max_in_flight", remedy="use 1 or more"
             )
 
+    def own(self, name: str) -> str:
+        """Return the name of a run as it is known here: two tenants may choose the same."""
+        return name if self is ANYONE else f"{self.name}/{name}"
+
 
 ANYONE = Tenant(name="default")
 """Whoever calls a gateway that knows no tenants."""

@@ -150,14 +150,14 @@ class Replanner:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self.control.recent = self._recent
+        self.control.ledger.recent = self._recent
         self.control.replanning = self.facts
         self._task = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_details: object) -> None:
         task, self._task = self._task, None
-        self.control.recent = self.control.replanning = None
+        self.control.ledger.recent = self.control.replanning = None
         try:
             if task is not None:
                 task.cancel()
@@ -242,7 +242,7 @@ class Replanner:
             fleet=self._fleet(),
             up=self._up(),
             workflows=tuple(planned),
-            estimates=control.estimates,
+            estimates=control.workflows.estimates,
             rates_rps={key: rate for key, rate in basis.rates_rps.items() if key in hashes},
             latency={str(state.endpoint.id): state.latency for state in self._states()},
             active_runs={key: count for key, count in active.items() if key in hashes},

@@ -140,7 +140,7 @@ def restore(control: Control, document: Any, *, wall_s: float, with_table: bool 
         control.scale.restore(document["scale"])
         down_s = max(0.0, wall_s - float(document["saved_s"])) * control.clock.dilation
         for raw in document["runs"]:
-            control.resume_run(_run(raw, control.clock.now_s(), down_s))
+            control.lifecycle.resume(_run(raw, control.clock.now_s(), down_s))
         table = _restore_table(control, document["table"]) if with_table else ""
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInput(

@@ -45,7 +45,7 @@ class LiveView:
         """Return endpoints, runs in progress, plan, decisions and recent regret."""
         control = self._control
         await self._outlooks.look(
-            self._listed(), control.sampled, control.router.view, control.clock.now_s()
+            self._listed(), control.workflows.sampled, control.router.view, control.clock.now_s()
         )
         # The forecasts gave way to other tasks: what follows is of one instant.
         now_s = control.clock.now_s()
@@ -67,7 +67,7 @@ class LiveView:
             "runs": [self._run(run, log, now_s) for run, log in self._listed()],
             "decisions": [
                 {"policy": policy, "reason": reason, "count": count}
-                for (policy, reason), count in control.journal.decisions.most_common()
+                for (policy, reason), count in control.ledger.journal.decisions.most_common()
             ],
             "regret": self._regret(),
         }
@@ -81,7 +81,7 @@ class LiveView:
         """
         control = self._control
         now_s = control.clock.now_s()
-        run, log = control.runs.find(run_id), control.journal.find(run_id) or RunLog()
+        run, log = control.runs.find(run_id), control.ledger.journal.find(run_id) or RunLog()
         own = log.ended
         going = run if own is None else None
         if own is None:
@@ -109,7 +109,7 @@ class LiveView:
     def _listed(self) -> list[tuple[Run, RunLog]]:
         control = self._control
         return [
-            (run, control.journal.find(run.run_id) or RunLog())
+            (run, control.ledger.journal.find(run.run_id) or RunLog())
             for run in control.runs.active()[:_RUNS]
         ]
 
@@ -133,7 +133,9 @@ class LiveView:
         health = control.guard.to_json(state.index)
         engine = control.scraper.to_json(state.index, now_s)
         fresh = engine["state"] == "fresh"
-        regrets = [one.regret_s for one in control.journal.regrets if one.endpoint == endpoint.id]
+        regrets = [
+            one.regret_s for one in control.ledger.journal.regrets if one.endpoint == endpoint.id
+        ]
         return {
             "id": endpoint.id,
             "model": endpoint.model,
@@ -179,7 +181,7 @@ class LiveView:
         }
 
     def _regret(self) -> dict[str, Any]:
-        recent = list(self._control.journal.regrets)
+        recent = list(self._control.ledger.journal.regrets)
         values = [one.regret_s for one in recent]
         return {
             "calls": len(values),

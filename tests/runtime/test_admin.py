@@ -12,6 +12,7 @@ import pytest
 
 from planner.domain.errors import InvalidInput
 from runtime.control import Control
+from runtime.diagnostics import metrics_text
 from runtime.gateway import Gateway, tls_context
 from runtime.openapi import openapi
 
@@ -54,7 +55,7 @@ async def test_workers_come_and_go_while_serving(stack, http_of, until):
         gone = await admin.delete("/workers/e1")
         assert (gone.status_code, gone.json()) == (200, {"id": "e1"})
         assert await used(http, 4) == {"e0"}
-        assert 'almanac_worker_health{endpoint="e1"}' not in s.control.metrics_text()
+        assert 'almanac_worker_health{endpoint="e1"}' not in metrics_text(s.control)
         added = await admin.post("/workers", json=worker("fresh", second))
         assert (added.status_code, added.json()) == (201, {"id": "fresh"})
         await until(lambda: s.control.router.view.states[2].healthy, 0.005)
@@ -65,7 +66,7 @@ async def test_workers_come_and_go_while_serving(stack, http_of, until):
         assert (await admin.post("/workers", json=worker("e1", second))).status_code == 201
         await until(lambda: s.control.router.view.states[1].healthy, 0.005)
         assert await used(http, 4) == {"e0", "e1"}
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_worker_health{endpoint="e1"} 1' in text
 
 

@@ -19,6 +19,7 @@ from planner.domain.fleet import Fleet
 from planner.domain.trace import BranchRecord, load_trace
 from runtime.config import GatewayConfig
 from runtime.control import Control
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.health import State
 from runtime.keys import KeyedTenancy, read_tenants
 
@@ -55,16 +56,16 @@ async def test_an_endpoint_that_vanishes_is_noticed_without_any_call(stack, unti
         await until(lambda: s.control.breakers[0].down, 0.005)
         assert s.control.breakers[0].why == "health"
         assert not s.control.router.view.states[0].healthy
-        assert 'almanac_cb_state{endpoint="e0"} 2' in s.control.metrics_text()
+        assert 'almanac_cb_state{endpoint="e0"} 2' in metrics_text(s.control)
         await s.mock.endpoints[0].board.clear()
         await until(lambda: s.control.breakers[0].state is State.HALF_OPEN, 0.005)
         async with client(s) as ask:
             for number in range(4):
                 await answer(ask, f"w{number}")
         assert s.control.breakers[0].state is State.CLOSED
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_cb_transitions_total{endpoint="e0",to="half_open"} 1' in text
-        assert s.control.diagnostics()["endpoints"][0]["health"]["state"] == "closed"
+        assert diagnostics(s.control)["endpoints"][0]["health"]["state"] == "closed"
 
 
 async def test_a_cut_network_leaves_the_cache_warm_and_a_restart_does_not(stack, until):
@@ -81,7 +82,7 @@ async def test_a_cut_network_leaves_the_cache_warm_and_a_restart_does_not(stack,
             await s.mock.endpoints[0].board.clear()
             await until(lambda: not s.control.breakers[0].down, 0.005)
             assert held.held_tokens == left
-        assert 'almanac_worker_restarts_total{endpoint="e0"} 1' in s.control.metrics_text()
+        assert 'almanac_worker_restarts_total{endpoint="e0"} 1' in metrics_text(s.control)
 
 
 async def test_a_restart_between_two_looks_is_noticed(stack, until):
@@ -110,7 +111,7 @@ async def test_a_drained_endpoint_finishes_what_it_has(stack, until):
         for number in range(6):
             raw = await answer(ask, f"w{number}")
             assert raw.headers["x-almanac-endpoint"] == other
-        assert f'almanac_worker_draining{{endpoint="e{busy}"}} 1' in s.control.metrics_text()
+        assert f'almanac_worker_draining{{endpoint="e{busy}"}} 1' in metrics_text(s.control)
         assert len([chunk async for chunk in events]) > 300
         await until(lambda: s.control.router.in_flight == 0)
         assert s.control.breakers[busy].draining
@@ -217,11 +218,11 @@ async def test_overload_loses_nobody(stack):
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.headers["x-almanac-reason"] == "queue_full"
             assert answer.json()["error"]["type"] == "RateLimitError"
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         count = f'almanac_rejections_total{{reason="queue_full",tenant="default"}} {len(refused)}'
         assert count in text
         assert f"almanac_queue_wait_seconds_count {60 - len(refused)}" in text
-        assert s.control.diagnostics()["admission"]["in_flight"] == 0
+        assert diagnostics(s.control)["admission"]["in_flight"] == 0
 
 
 async def test_each_tenant_has_its_own_limits(stack, until):
@@ -248,7 +249,7 @@ async def test_each_tenant_has_its_own_limits(stack, until):
             await until(lambda: s.control.admission.waiting == 1)
             await asyncio.gather(*(answer(large, f"c{n}") for n in range(5)))
             assert s.control.admission.waiting == 1
-            assert 'almanac_tenant_queue_depth{tenant="small"} 1' in s.control.metrics_text()
+            assert 'almanac_tenant_queue_depth{tenant="small"} 1' in metrics_text(s.control)
             await asyncio.gather(first, second)
             await answer(small, "d")
             with pytest.raises(openai.RateLimitError) as caught:

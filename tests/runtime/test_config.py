@@ -15,6 +15,7 @@ from planner.cli.gateway_options import config_of
 from planner.domain.errors import InvalidInput
 from planner.domain.files import data_dir
 from runtime.config import GatewayConfig, LaunchConfig, all_settings, load_config
+from runtime.diagnostics import diagnostics
 from runtime.settings import resolve, settings_of, unknown_variables
 
 FLEET = """
@@ -273,7 +274,7 @@ async def test_a_reload_changes_endpoints_policy_and_settings(stack, write, unti
         assert reload()
         await until(lambda: "e1" in up(s), 0.005)
         assert await ask(4) == {"e1", "e2"}
-        assert [one["id"] for one in s.control.diagnostics()["endpoints"]] == ["e1", "e2"]
+        assert [one["id"] for one in diagnostics(s.control)["endpoints"]] == ["e1", "e2"]
         # A bad file changes nothing and is told in one line.
         caplog.clear()
         for wrong in ("faults: {retries: -1}\n", "policy: nope\n"):

@@ -9,6 +9,7 @@ from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.control import Control
+from runtime.diagnostics import diagnostics
 from runtime.identity import Identity
 
 WORKFLOW = Workflow(
@@ -36,7 +37,7 @@ def test_run_forecasts_follow_the_runs_that_end(fleet_of, online):
     )
 
     def start(number):
-        return control.run_of(
+        return control.lifecycle.run_of(
             Identity(run_id=f"r{number}", workflow=WORKFLOW.content_hash, session_id=None)
         )
 
@@ -45,12 +46,12 @@ def test_run_forecasts_follow_the_runs_that_end(fleet_of, online):
     for number in range(100):
         run = start(number)
         wall[0] += 4 * run.forecast_s
-        control.end_run(run.run_id)
+        control.lifecycle.end(run.run_id)
     last = start("last")
     assert last.forecast_s == first.forecast_s
     factor = last.predicted_s / first.predicted_s
     assert factor == pytest.approx(4.0 if online else 1.0, rel=0.15)
-    kept = control.diagnostics()["runs"]
+    kept = diagnostics(control)["runs"]
     assert (kept[WORKFLOW.content_hash]["seen"] == 100) if online else not kept
     control.set_policy("power_of_two")
     assert start("fresh").predicted_s == first.forecast_s
@@ -61,9 +62,9 @@ def test_a_resumed_run_starts_again_under_its_id(fleet_of):
     control = Control(fleet_of(1), policy="round_robin", clock=Clock(wall=lambda: 0.0))
     event = {"run_id": "r", "workflow": "w", "session_id": "s"}
     ends = {**event, "type": "run_end", "status": "interrupted"}
-    assert control.take_events([{**event, "type": "run_start"}, ends]) == 2
+    assert control.reports.take([{**event, "type": "run_start"}, ends]) == 2
     assert len(control.runs) == 0
-    assert control.take_events([{**event, "type": "run_start"}]) == 1
+    assert control.reports.take([{**event, "type": "run_start"}]) == 1
     assert len(control.runs) == 0  # a late event of a run that has ended
-    assert control.take_events([{**event, "type": "run_start", "resumed": True}]) == 1
+    assert control.reports.take([{**event, "type": "run_start", "resumed": True}]) == 1
     assert len(control.runs) == 1

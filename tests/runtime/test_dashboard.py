@@ -237,7 +237,7 @@ async def test_a_run_tells_choice_runner_up_forecast_and_outcome(stack, until):
         assert going.runner_up_excess_s >= 0
         assert told["predicted_finish_s"] > told["now_s"]
         await request
-        s.control.end_run(HOSTILE_ASCII)
+        s.control.lifecycle.end(HOSTILE_ASCII)
         told = (await http.get(path)).json()
         run, done = (record_from_json(one, "test") for one in told["records"])
         assert (run.status, done.status) == ("ok", "ok")

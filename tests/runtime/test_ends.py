@@ -12,6 +12,7 @@ from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
 from runtime.control import Control
+from runtime.diagnostics import metrics_text
 from runtime.fingerprint import read_prompt
 from runtime.identity import Identity
 from runtime.limits import ANYONE
@@ -48,13 +49,13 @@ def timed(fleet_of):
 
     def wait(seconds):
         wall[0] += seconds
-        control.expire_runs()
+        control.lifecycle.expire()
 
     return control, wait
 
 
 def call(control, wait, run_id="r", node="", workflow="", took_s=1.0, **identity):
-    run = control.begin_call(
+    run = control.lifecycle.begin_call(
         Identity(run_id=run_id, node=node, workflow=workflow, **identity), ANYONE
     )
     wait(took_s)
@@ -113,9 +114,9 @@ def test_a_parent_takes_its_idle_children_along(timed):
     control, wait = timed
     call(control, wait, "top")
     call(control, wait, "child", parent_id="top")
-    busy = control.begin_call(Identity(run_id="busy", parent_id="child"), ANYONE)
+    busy = control.lifecycle.begin_call(Identity(run_id="busy", parent_id="child"), ANYONE)
     assert busy.since_s == control.runs.find("top").arrival_s
-    control.end_run("top")
+    control.lifecycle.end("top")
     assert [run.run_id for run in control.runs.active()] == ["busy"]
 
 
@@ -186,7 +187,7 @@ async def test_hints_move_calls_and_forecasts(stack, tmp_path):
                 headers={"x-almanac-run-id": "r", **headers},
             )
             assert answer.status_code == 200
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
     plain, urgent, soon, later, wrong = seen
     assert soon < urgent < plain == wrong < later
     assert plain - urgent == pytest.approx(120_000, abs=2)

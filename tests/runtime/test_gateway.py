@@ -17,6 +17,7 @@ from planner.domain.plan import Assignment, Plan
 from planner.domain.trace import BranchRecord, CallRecord, RunRecord, ToolRecord, load_trace
 from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from runtime.control import Control
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.gateway import Gateway
 from runtime.state import StateFile
 
@@ -108,7 +109,7 @@ async def test_many_streams_at_once_leave_nothing_behind(stack):
             return len([chunk async for chunk in stream])
 
         assert await asyncio.gather(*(one(number) for number in range(40))) == [31] * 40
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_requests_total{model="m",status="200"} 40' in text
         assert 'almanac_worker_requests_active{endpoint="e0"} 0' in text
         assert 'almanac_decisions_total{policy="power_of_two",reason="load"} 40' in text
@@ -125,9 +126,9 @@ async def test_endpoints_are_learned_from_live_calls_unless_told_not_to(stack, o
             )
             if number % 2 == 0:
                 assert len([chunk async for chunk in answer]) == 21
-        facts = s.control.diagnostics()
+        facts = diagnostics(s.control)
         (endpoint,) = facts["endpoints"]
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert facts["online"] is online
         assert (s.control.router.view.states[0].latency == given) is not online
         if online:
@@ -154,7 +155,7 @@ async def test_leaving_a_stream_reaches_the_engine(stack, until):
         await stream.close()
         await until(lambda: s.control.router.in_flight == 0, 0.001)
         await until(lambda: s.mock.endpoints[0].paced.engine.num_running == 0, 0.001)
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_attempts_total{endpoint="e0",status="cancelled"} 1' in text
 
 
@@ -469,7 +470,7 @@ async def test_silent_runs_end_by_themselves(stack, tmp_path):
     async with stack(1, config={"run_idle_s": 0.001}) as s, client(s) as ask:
         s.control.set_trace(tmp_path / "t.jsonl")
         await ask.chat.completions.create(model="m", messages=user("a"), extra_body=xargs(3))
-        s.control.expire_runs()
+        s.control.lifecycle.expire()
         assert len(s.control.runs) == 0
         (run,) = (one for one in load_trace(tmp_path / "t.jsonl") if isinstance(one, RunRecord))
         assert run.run_id.startswith("content-")

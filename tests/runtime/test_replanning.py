@@ -20,6 +20,7 @@ from planner.domain.trace import RunRecord
 from planner.domain.workflow import END, START, CallSite, Node, Workflow
 from planner.solve.budget import Budget
 from planner.solve.horizon import plan_snapshot
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.plan_process import ProcessLimits
 from runtime.recent import RecentWork
 from runtime.replanning import ReplanConfig, Replanner
@@ -136,19 +137,19 @@ def test_a_shifted_load_gets_a_new_table_and_no_request_fails(stack, tmp_path, c
                 load[0] = 6
                 await eventually(lambda: s.control.table.version != first.version)
                 assert len(statuses) > served
-                facts = s.control.diagnostics()
+                facts = diagnostics(s.control)
                 assert facts["table_version"] == s.control.table.version
                 assert facts["table_age_s"] >= 0.0
                 outcomes = facts["replanning"]["outcomes"]
                 assert outcomes["adopted"] >= 2
                 assert facts["replanning"]["process"]["starts"] >= 2
-                assert "almanac_table_age_seconds" in s.control.metrics_text()
+                assert "almanac_table_age_seconds" in metrics_text(s.control)
                 assert 'almanac_replans_total{reason="start",outcome="adopted"} 1' in (
-                    s.control.metrics_text()
+                    metrics_text(s.control)
                 )
             assert set(statuses) == {200}
             assert replanner.process.pid is None
-            assert s.control.recent is None
+            assert s.control.ledger.recent is None
 
     asyncio.run(live())
     records = [json.loads(line) for line in log.read_text().splitlines()]

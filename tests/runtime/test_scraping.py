@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from planner.domain.errors import InvalidInput
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.scraping import Scraper, read_report
 
 TEXT = """
@@ -76,18 +77,18 @@ async def test_engines_are_scraped_in_the_background(stack, until):
         )
 
         def running():
-            return [one["engine"].get("running") for one in s.control.diagnostics()["endpoints"]]
+            return [one["engine"].get("running") for one in diagnostics(s.control)["endpoints"]]
 
         await until(lambda: sorted(running(), key=str) == [0.0, 1.0], 0.005)
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_worker_engine_running{endpoint="e0"}' in text
         assert 'almanac_worker_kv_usage_ratio{endpoint="e1"}' in text
         call.cancel()
         await asyncio.gather(call, return_exceptions=True)
         await s.mock.endpoints[0].go_down(abort=True)
         await until(
-            lambda: s.control.diagnostics()["endpoints"][0]["engine"]["state"] == "stale", 0.01
+            lambda: diagnostics(s.control)["endpoints"][0]["engine"]["state"] == "stale", 0.01
         )
-        text = s.control.metrics_text()
+        text = metrics_text(s.control)
         assert 'almanac_worker_engine_running{endpoint="e0"}' not in text
         assert 'almanac_worker_engine_running{endpoint="e1"}' in text

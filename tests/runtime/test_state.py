@@ -70,7 +70,7 @@ async def test_a_restart_takes_up_where_it_left(stack, tmp_path):
             assert [state.latency for state in again.router.view.states] == rows
             assert again.router.lengths.to_json() == lengths
             assert again.scale.to_json() == scale
-            assert again.workflows == (WORKFLOW,)
+            assert list(again.workflows) == [WORKFLOW]
             assert restored.warm == ("e0", "e1")
             assert [state.prefix.held_tokens for state in again.router.view.states] == held
             run = again.runs.find("run")
@@ -127,7 +127,7 @@ def test_no_file_is_no_warning(fleet_of, tmp_path, caplog):
 def test_what_does_not_fit_any_more_is_left_out(fleet_of, tmp_path):
     """Edited rows, moved endpoints and tables of other fleets stay as the file says now."""
     control = Control(fleet_of(2), policy="least_load", config=GatewayConfig())
-    control.run_of(Identity(run_id="r"))
+    control.lifecycle.run_of(Identity(run_id="r"))
     path = tmp_path / "state.json"
     StateFile(path, control, wall=lambda: 100.0).save()
     changed = fleet_of(2)

@@ -10,6 +10,7 @@ import pytest
 from multidict import CIMultiDict
 
 from planner.domain.trace import CallRecord, RunRecord, load_trace
+from runtime.diagnostics import diagnostics, metrics_text
 from runtime.keys import KeyedTenancy, bearer, read_tenants, same_key
 from runtime.limits import ANYONE
 from runtime.wire import ApiError
@@ -175,7 +176,7 @@ async def test_no_prompt_and_no_key_is_ever_written(stack, tmp_path, caplog):
             await s.mock.endpoints[0].go_down(abort=True)
             for _ in range(4):
                 await http.post("/v1/chat/completions", json=chat(), headers=good)
-            views = s.control.metrics_text() + json.dumps(s.control.diagnostics())
+            views = metrics_text(s.control) + json.dumps(diagnostics(s.control))
         written = trace.read_text() + views + caplog.text
         for record in caplog.records:
             written += repr(record.__dict__)

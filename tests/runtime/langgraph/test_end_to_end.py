@@ -25,6 +25,7 @@ from langgraph.types import Command, RetryPolicy, Send
 
 from planner.domain.trace import BranchRecord, CallRecord, RunRecord, ToolRecord, load_trace
 from planner.domain.workflow import Workflow
+from runtime.diagnostics import diagnostics
 from runtime.langgraph.declare import tool_call
 from runtime.langgraph.identity import aclose_clients, openai_client_kwargs
 from runtime.langgraph.instrument import instrument
@@ -123,7 +124,7 @@ async def test_a_whole_application(stack: Stack, tmp_path: Path) -> None:
         async for _ in app.astream({"notes": []}, run(run_id="r", session_id="s")):
             pass
         await app.aclose()
-        assert s.control.diagnostics()["workflows"] == {app.almanac.workflow_hash: "everything"}
+        assert diagnostics(s.control)["workflows"] == {app.almanac.workflow_hash: "everything"}
         await aclose_clients(clients)
         s.control.set_trace(None)
     records = load_trace(trace)
@@ -205,7 +206,7 @@ async def test_headers_alone_are_enough(stack: Stack, tmp_path: Path, client: An
     async with stack(1) as s:
         s.control.set_trace(trace)
         await client(s.base_url)
-        s.control.end_run("r")
+        s.control.lifecycle.end("r")
         s.control.set_trace(None)
     call, whole = load_trace(trace)
     assert isinstance(call, CallRecord)
