@@ -1,23 +1,33 @@
 """The state of a gateway process: what calls are placed by, and what operators may change.
 
 No HTTP here: `runtime.gateway` translates requests into these methods. Everything is synchronous
-except `place`, so each call sees and leaves a consistent state. Runs, what is reported of them,
-workflows and records have modules of their own (`runtime.lifecycle`, `reports`, `workflows`,
-`ledger`); what can be seen of all that is in `runtime.diagnostics`.
+except `place`, so each call sees and leaves a consistent state.
+
+======================  ======================================================================
+part                    idea
+======================  ======================================================================
+`runtime.routing`       the router in use, its policy and its table
+`runtime.guard`         the endpoints' health, and how long attempts are waited for
+`runtime.workflows`     the graphs that are known, and what their runs will take
+`runtime.lifecycle`     runs from their arrival to their end
+`runtime.reports`       the events that agents report of their runs
+`runtime.ledger`        where records go
+`runtime.accuracy`      how good the forecasts of calls were
+`runtime.admission`     who is let in when
+======================  ======================================================================
+
+What can be seen of all that is in `runtime.diagnostics`.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from planner.dispatch.events import Call, Event
-from planner.dispatch.policies import Policy, make_policy, parse_policy
-from planner.dispatch.policies.planned import Planned
+from planner.dispatch.events import Call
 from planner.dispatch.router import Router
 from planner.dispatch.table import DispatchTable
 from planner.domain.errors import InvalidInput
@@ -30,7 +40,7 @@ from runtime.accuracy import Accuracy
 from runtime.admission import Admission
 from runtime.clock import Clock
 from runtime.config import GatewayConfig
-from runtime.dispatcher import Dispatcher, Moved, Ticket
+from runtime.dispatcher import Moved, Ticket
 from runtime.fingerprint import Prompt, TokenScale
 from runtime.fleets import FleetChange, merge, present
 from runtime.guard import Guard, Patience
@@ -43,14 +53,13 @@ from runtime.lifecycle import Lifecycle
 from runtime.limits import ANYONE, Limits, Tenant
 from runtime.metrics import GatewayMetrics
 from runtime.reports import Reports
+from runtime.routing import Routing
 from runtime.scraping import Scraper
 from runtime.traces import TraceWriter
 from runtime.tracing import NoTracing, Tracing
 from runtime.workflows import Workflows
 
 __all__ = ["Control"]
-
-_log = logging.getLogger(__name__)
 
 
 class Control:
@@ -109,43 +118,45 @@ class Control:
             _limits_of(self.config), now_s=time.monotonic, refused=self.metrics.rejections.inc
         )
         self.guard = Guard(fleet.endpoints, self.config, self.clock, self.metrics)
-        self.guard.switch = self
         self.workflows = Workflows(estimates or EstimateTable(), seed=self.config.seed)
         for workflow in workflows:
             self.add_workflow(workflow)
         self.ledger = Ledger()
+        self.accuracy = Accuracy()
+        """Of the forecasts made under the policy in use."""
+        self.routing = Routing(
+            fleet,
+            self.workflows.forecaster,
+            policy=policy,
+            table=table,
+            health=self.guard.health,
+            config=self.config,
+            clock=self.clock,
+            ended=self._ended,
+        )
+        self.guard.switch = self.routing
         self.lifecycle = Lifecycle(
             self.workflows,
             self.ledger,
             config=self.config,
             clock=self.clock,
             tracing=self.tracing,
-            tell=self._tell,
-            load=self._load,
+            tell=self.routing.tell,
+            load=self.routing.load,
         )
         self.runs = self.lifecycle.runs
         self.begin_call = self.lifecycle.begin_call
         self.end_run = self.lifecycle.end
         self.reports = Reports(self.lifecycle, self.clock, self.metrics.events)
-        self.accuracy = Accuracy()
-        """Of the forecasts made under the policy in use."""
         self.replanning: Callable[[], dict[str, Any]] | None = None
         """What became of re-planning, for the diagnostics."""
         self.processes: Callable[[], list[dict[str, Any]]] | None = None
         """The worker processes, for the diagnostics, where there are any."""
-        self._table: DispatchTable | None = None
-        self._table_version = ""
-        self.table_since_s = 0.0
-        """When it went live, clock seconds."""
-        if table is not None:
-            self._set_table(table)
-        self.policy_text = policy
-        self._dispatcher = self._new_dispatcher(policy)
 
     @property
     def router(self) -> Router:
         """The router in use."""
-        return self._dispatcher.router
+        return self.routing.dispatcher.router
 
     @property
     def breakers(self) -> Sequence[Breaker]:
@@ -163,12 +174,12 @@ class Control:
     @property
     def table(self) -> DispatchTable | None:
         """The dispatch table in use."""
-        return self._table
+        return self.routing.table
 
     @property
     def table_version(self) -> str:
         """Its version, or an empty string."""
-        return self._table_version
+        return self.routing.table_version
 
     @property
     def waiting(self) -> int:
@@ -188,12 +199,9 @@ class Control:
         InvalidInput
             If the text names no policy or parameter; the old policy stays.
         """
-        fresh = self._new_dispatcher(text)
-        old, self._dispatcher = self._dispatcher, fresh
-        self.policy_text = text
+        self.routing.set_policy(text)
         self.accuracy = Accuracy()
         self.workflows.kept.clear()
-        old.move_held()
 
     def set_table(self, table: DispatchTable) -> None:
         """Swap the dispatch table; decisions already made stay.
@@ -203,9 +211,7 @@ class Control:
         InvalidInput
             If it was made for another fleet; the old table stays.
         """
-        self._set_table(table)
-        self.table_since_s = self.clock.now_s()
-        self._activate(table)
+        self.routing.set_table(table)
 
     def set_fleet(self, wanted: Fleet) -> FleetChange:
         """Serve with these endpoints from now on; calls in flight end where they are.
@@ -226,21 +232,12 @@ class Control:
         self.guard.refit(change.fleet.endpoints)
         for index in (*change.left, *change.moved):
             self.scraper.forget(index)
-        self.router.refit(change.fleet)
-        for index in change.left:
-            self._dispatcher.endpoint_down(index)
-        table = self._table
-        if table is not None:
-            if {endpoint.id for endpoint in here} <= set(table.endpoints):
-                self._activate(table)
-            else:
-                self._activate(None)
-                _log.warning("table dropped: endpoints are new", extra={"table": table.version})
+        self.routing.refit(change)
         return change
 
     def reconfigure(self, config: GatewayConfig) -> None:
         """Go on with other settings; those read at the start only stay as they were."""
-        self.config = self.guard.config = self.lifecycle.config = config
+        self.config = self.routing.config = self.guard.config = self.lifecycle.config = config
         self.scraper.stale_s = config.scrape_stale_s * self.clock.dilation
         self.admission.set_limits(_limits_of(config), self.tenancy.tenants)
 
@@ -263,7 +260,7 @@ class Control:
                 "source": "gateway",
                 "fleet": self.fleet.name,
                 "fleet_hash": self.fleet.content_hash(),
-                "policy": self.policy_text,
+                "policy": self.routing.policy_text,
                 "dilation": self.clock.dilation,
                 **header,
             }
@@ -289,7 +286,7 @@ class Control:
         while True:
             aside, trial = self._aside(call, exclude)
             try:
-                ticket = await self._dispatcher.place(call, aside, attempt)
+                ticket = await self.routing.dispatcher.place(call, aside, attempt)
             except Moved:
                 continue
             finally:
@@ -430,59 +427,6 @@ class Control:
             + (self.admission.throughput.wait_s(waiting, time.monotonic()) if waiting else 0.0)
         )
 
-    def endpoint_down(self, index: int) -> None:
-        """Tell the router; see `runtime.guard.Switch`."""
-        self._dispatcher.endpoint_down(index)
-
-    def endpoint_up(self, index: int, *, cold: bool) -> None:
-        """Tell the router; see `runtime.guard.Switch`."""
-        if index not in self.absent:
-            self._dispatcher.endpoint_up(index, cold=cold)
-
-    def move_held(self) -> None:
-        """Place every held call anew; see `runtime.guard.Switch`."""
-        self._dispatcher.move_held()
-
-    # Inside
-
-    def _new_dispatcher(self, text: str) -> Dispatcher:
-        name, parameters = parse_policy(text)
-        policy: Policy
-        if name == Planned.name:
-            given: dict[str, Any] = {**parameters, "table": self._spread(self._table)}
-            policy = make_policy(name, seed=self.config.seed, **given)
-        else:
-            policy = make_policy(name, seed=self.config.seed, **parameters)
-        dispatcher = Dispatcher(
-            Router(self.fleet, policy, self.workflows.forecaster, online=self.config.online),
-            self.clock,
-            self._ended,
-            table_version=self._table_version if name == Planned.name else "",
-            hold_limit=self.config.hold_limit,
-            hold_timeout_s=self.config.hold_timeout_s,
-        )
-        for index, breaker in enumerate(self.breakers):
-            if not breaker.takes_calls or index in self.absent:
-                dispatcher.endpoint_down(index)
-        return dispatcher
-
-    def _set_table(self, table: DispatchTable) -> None:
-        table.check_fleet(present(self.fleet, self.absent))
-        self._table, self._table_version = table, table.version
-
-    def _spread(self, table: DispatchTable | None) -> DispatchTable | None:
-        """Return a table as the router reads it, in the order of all places of the fleet."""
-        ids = tuple(str(endpoint.id) for endpoint in self.fleet.endpoints)
-        return table if table is None or ids == table.endpoints else table.spread(ids)
-
-    def _activate(self, table: DispatchTable | None) -> None:
-        """Give the router a table that was checked, or none."""
-        self._table = table
-        self._table_version = "" if table is None else table.version
-        if isinstance(self.router.policy, Planned):
-            self.router.policy.table = self._spread(table)
-            self._dispatcher.table_version = self._table_version
-
     def _ended(self, record: CallRecord) -> None:
         self.metrics.outcomes.inc(record.endpoint, record.status)
         index = self.fleet.index_of(EndpointId(record.endpoint))
@@ -492,13 +436,6 @@ class Control:
         else:
             self.breakers[index].end_trial()
         self.ledger.write(record)
-
-    def _tell(self, event: Event) -> None:
-        self._dispatcher.handle(event)
-
-    def _load(self) -> float:
-        """Return calls in flight per endpoint."""
-        return self.router.in_flight / len(self.fleet.endpoints)
 
 
 def _check_addresses(fleet: Fleet) -> None:

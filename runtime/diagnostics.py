@@ -16,8 +16,9 @@ def metrics_text(control: Control) -> str:
     control.guard.gauge()
     _gauge_engines(control)
     control.admission.gauge(metrics)
-    if control.table is not None:
-        metrics.table_age.set(control.clock.now_s() - control.table_since_s)
+    age_s = control.routing.table_age_s
+    if age_s is not None:
+        metrics.table_age.set(age_s)
     return metrics.render(
         control.router.view,
         held=control.waiting,
@@ -30,12 +31,12 @@ def metrics_text(control: Control) -> str:
 def diagnostics(control: Control) -> dict[str, Any]:
     """Return what the router knows and how good its forecasts are, JSON-ready."""
     router, workflows, trace = control.router, control.workflows, control.ledger.path
-    now_s = control.clock.now_s()
+    now_s, age_s = control.clock.now_s(), control.routing.table_age_s
     return {
         "online": control.config.online,
-        "policy": control.policy_text,
+        "policy": control.routing.policy_text,
         "table_version": control.table_version,
-        "table_age_s": None if control.table is None else round(now_s - control.table_since_s, 3),
+        "table_age_s": None if age_s is None else round(age_s, 3),
         "replanning": control.replanning() if control.replanning else None,
         "processes": control.processes() if control.processes else None,
         "estimates_version": workflows.estimates.version,

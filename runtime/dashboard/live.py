@@ -54,11 +54,11 @@ class LiveView:
             "now_s": round(now_s, 3),
             "dilation": control.clock.dilation,
             "fleet": control.fleet.name,
-            "policy": control.policy_text,
+            "policy": control.routing.policy_text,
             "in_flight": control.router.in_flight,
             "waiting": control.waiting,
             "runs_active": len(control.runs),
-            "plan": self._plan(now_s),
+            "plan": self._plan(),
             "endpoints": [
                 self._endpoint(state, now_s)
                 for state in control.router.view.states
@@ -113,13 +113,14 @@ class LiveView:
             for run in control.runs.active()[:_RUNS]
         ]
 
-    def _plan(self, now_s: float) -> dict[str, Any]:
+    def _plan(self) -> dict[str, Any]:
         control = self._control
+        age_s = control.routing.table_age_s
         replanning = control.replanning() if control.replanning else None
         last = replanning["last"] if replanning else None
         return {
             "version": control.table_version,
-            "age_s": None if control.table is None else round(now_s - control.table_since_s, 3),
+            "age_s": None if age_s is None else round(age_s, 3),
             # What was proven of it; a table that was loaded from a file does not say.
             "proof": replanning["proof"] if replanning else None,
             "replans": replanning["outcomes"] if replanning else None,

@@ -362,7 +362,7 @@ async def test_bad_admin_input_changes_nothing(stack, path, body):
         async with httpx.AsyncClient(base_url=s.gateway.address, headers=ADMIN) as http:
             answer = await http.post(f"/almanac/v1/{path}", json=body)
             assert answer.status_code == 400
-        assert s.control.policy_text == "least_load"
+        assert s.control.routing.policy_text == "least_load"
 
 
 async def test_a_table_of_another_fleet_is_refused(stack, fleet_of):
