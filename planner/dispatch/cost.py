@@ -27,7 +27,6 @@ step times: `planner.domain.latency`.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,57 +72,62 @@ class Costs(Sequence[Cost]):
 
     Parameters
     ----------
-    table
-        Rows own, imposed, service in seconds, one that is not used any more, and cached tokens, as
-        in `Cost`; shape (5, endpoints).
+    times
+        Own and imposed seconds, as in `Cost`; shape (2, endpoints).
+    held
+        Cached tokens and service seconds; shape (2, endpoints).
     """
 
-    __slots__ = ("_table",)
+    __slots__ = ("_held", "_times")
 
-    def __init__(self, table: Floats) -> None:
-        self._table = table
+    def __init__(self, times: Floats, held: Floats) -> None:
+        self._times, self._held = times, held
 
     @property
     def own_s(self) -> Floats:
         """From now to the call's finish."""
-        own_s: Floats = self._table[rows.OWN]
+        own_s: Floats = self._times[0]
         return own_s
 
     @property
     def imposed_s(self) -> Floats:
         """Sum over residents of criticality x delay."""
-        imposed_s: Floats = self._table[rows.IMPOSED]
+        imposed_s: Floats = self._times[1]
         return imposed_s
 
     @property
     def service_s(self) -> Floats:
         """Slot seconds the call will hold."""
-        service_s: Floats = self._table[rows.SERVICE]
+        service_s: Floats = self._held[1]
         return service_s
 
-    def weighted(self, own: float, imposed: float) -> Floats:
-        """Return own x own_s + imposed x imposed_s, a new array."""
-        _PAIR[0], _PAIR[1] = own, imposed
-        scores: Floats = _PAIR_VIEW.dot(self._table[:2])
+    def weighted(self, own: float, imposed: float | Floats) -> Floats:
+        """Return own x own_s + imposed x imposed_s, a new array.
+
+        ``imposed`` is one weight, or one for each endpoint.
+        """
+        scores: Floats = self._times[1] * imposed
+        scores += self._times[0] * own
         return scores
 
     def __len__(self) -> int:
-        return int(self._table.shape[1])
+        return int(self._times.shape[1])
 
     def __getitem__(self, place: int) -> Cost:  # type: ignore[override]
-        own_s, imposed_s, service_s, _, cached = self._table[:, place].tolist()
-        return Cost(own_s, imposed_s, int(cached), service_s)
+        times, held = self._times.item, self._held.item
+        return Cost(times(0, place), times(1, place), int(held(0, place)), held(1, place))
 
     def __iter__(self) -> Iterator[Cost]:
         return (self[place] for place in range(len(self)))
 
     def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
         """Take over the costs of the same endpoints at some places."""
-        self._table[:, places] = other._table[:, places]
+        self._times[:, places] = other._times[:, places]
+        self._held[:, places] = other._held[:, places]
 
     def take(self, places: npt.NDArray[np.intp]) -> Costs:
         """Return the costs at some places, in their order."""
-        return Costs(self._table[:, places])
+        return Costs(self._times[:, places], self._held[:, places])
 
 
 def call_cost(
@@ -195,8 +199,6 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
     )
 
 
-_LEVELS = 4
-"""Amounts of cached tokens that one product takes; the endpoints of more are corrected after it."""
 _FEW = 6
 """Endpoints that are treated one by one rather than as an array."""
 
@@ -221,17 +223,17 @@ def fleet_costs(
     context = prompt_tokens + 0.5 * output
     most = max(0, prompt_tokens - 1)
     if prefilled:
-        levels = [(most, view.everyone)]
+        levels, prefix_tokens = [(most, view.everyone)], 1.0
     else:
-        levels = [
-            (min(most, int(depth * prefix_tokens)), who) for depth, who in view.matches(prefix)
-        ]
+        levels = view.matches(prefix)
         if not levels or levels[0][1] != view.everyone:
             levels.insert(0, (0, view.everyone))
 
     # One product reckons the call as those of each level see it.
-    cells, start = _CELLS, 0
-    for cached, _ in levels[:_LEVELS]:
+    work = loads.workspace
+    cells, start, count = work.cells, 0, min(len(levels), rows.LEVELS)
+    for place in range(count):
+        cached = min(most, int(levels[place][0] * prefix_tokens))
         tokens = prompt_tokens - cached
         cells[start + rows.TOKENS] = tokens
         cells[start + rows.SQUARE_TOKENS] = float(tokens) * (prompt_tokens + cached)
@@ -240,11 +242,10 @@ def fleet_costs(
         cells[start + rows.CONTEXT_TOKENS] = context
         cells[start + rows.HELD] = cached
         start += rows.FEATURES
-    calls = _CALLS[min(len(levels), _LEVELS)]
-    seen: Floats = calls.dot(loads.by_feature).reshape(len(calls), rows.RESULTS, -1)
-    table = seen[0]
-    for place in range(1, len(calls)):
-        who, deeper = levels[place][1], seen[place]
+    work.calls[count].dot(loads.by_feature, work.results[count])
+    table = work.levels[0]
+    for place in range(1, count):
+        who, deeper = levels[place][1], work.levels[place]
         if who.bit_count() > _FEW:
             np.putmask(table, view.spread(who), deeper)
             continue
@@ -252,29 +253,32 @@ def fleet_costs(
             index = who.bit_length() - 1
             who ^= 1 << index
             table[:, index] = deeper[:, index]
-    if len(levels) > _LEVELS:
-        _save(table, loads, view, levels[_LEVELS:])
+    if len(levels) > rows.LEVELS:
+        deepest = [(min(most, int(d * prefix_tokens)), who) for d, who in levels[rows.LEVELS :]]
+        _save(table, loads, view, deepest)
 
     place, part = knot(output)
-    _PAIR[0], _PAIR[1] = 1.0 - part, part
-    own, drag, sums = table[rows.OWN], table[rows.DRAG], table[: rows.SERVICE]
-    drag *= _PAIR_VIEW.dot(loads.imposed[place : place + 2])
+    work.part[0], work.part[1] = 1.0 - part, part
+    own, drag = work.own, work.drag
+    np.multiply(drag, work.parts.dot(loads.imposed[place : place + 2]), out=drag)
     np.maximum(own, loads.queue_s, out=own)
-    sums += table[rows.SERVICE : rows.CACHED]  # own of service, imposed of drag
+    times: Floats = np.add(work.ends, work.additions)  # own of service, imposed of drag
+    held = work.held.copy()
     if prompt_tokens + output > loads.least_room_tokens:
         for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
-            cached = int(table[rows.CACHED, index])
-            cost = _cost(prompt_tokens, cached, output, view.states[index], now_s)
-            table[:3, index] = cost.own_s, cost.imposed_s, cost.service_s
-    return Costs(table)
+            cost = _cost(prompt_tokens, int(held[0, index]), output, view.states[index], now_s)
+            times[:, index] = cost.own_s, cost.imposed_s
+            held[1, index] = cost.service_s
+    return Costs(times, held)
 
 
 def _save(table: Floats, loads: Loads, view: FleetView, levels: Sequence[tuple[int, int]]) -> None:
     """Take off the prefill that is saved by endpoints that hold more than the table says.
 
-    ``levels`` are cached tokens, rising, and the endpoints that hold them.
+    ``table`` has the imposed time, cached tokens and service time of each endpoint; ``levels`` are
+    cached tokens, rising, and the endpoints that hold them.
     """
-    before = table[rows.CACHED]
+    imposed, before, service = table
     cached = before.copy()
     for tokens, who in levels:
         np.putmask(cached, view.spread(who)[0], float(tokens))
@@ -282,16 +286,7 @@ def _save(table: Floats, loads: Loads, view: FleetView, levels: Sequence[tuple[i
     saved *= loads.coefficients[rows.SQUARE]
     saved += loads.coefficients[rows.PREFILL]
     saved *= cached - before
-    table[rows.CACHED] = cached
-    table[rows.SERVICE] -= saved
+    before[:] = cached
+    service -= saved
     saved *= loads.weight
-    table[rows.IMPOSED] -= saved
-
-
-_CELLS = array("d", bytes(8 * _LEVELS * rows.FEATURES))
-_WHOLE: Floats = np.frombuffer(_CELLS).reshape(_LEVELS, rows.FEATURES)
-_WHOLE[:, rows.UNIT] = 1.0
-_CALLS = tuple(_WHOLE[:count] for count in range(_LEVELS + 1))
-"""The features of a call, by the number of levels."""
-_PAIR = array("d", (0.0, 0.0))
-_PAIR_VIEW: Floats = np.frombuffer(_PAIR)
+    imposed -= saved

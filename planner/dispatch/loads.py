@@ -35,7 +35,7 @@ from planner.domain.latency import LatencyRow
 if TYPE_CHECKING:
     from planner.dispatch.view import EndpointState, Resident
 
-__all__ = ["Loads"]
+__all__ = ["Loads", "Pass"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -50,14 +50,18 @@ _LOWS = tuple(2.0 ** (0.5 * place) for place in range(_KNOTS))
 _WIDTH = 8
 """Places for residents that an endpoint begins with."""
 _OWN_ROWS = 5
+LEVELS = 4
+"""Amounts of cached tokens that one product takes; the endpoints of more are corrected after it."""
 FEATURES = 7
 UNIT, TOKENS, SQUARE_TOKENS, OUTPUT, OUTPUT_CONTEXT, CONTEXT_TOKENS, HELD = range(FEATURES)
 """Features of a call: 1, uncached tokens, what they attend to in all, output, output x context,
 context, cached tokens."""
 RESULTS = 5
-OWN, IMPOSED, SERVICE, DRAG, CACHED = range(RESULTS)
-"""What a pass gives: wait for a slot, imposed and service time, by how much a call slows a step,
-and cached tokens. The middle two are then added to the first two, both at once."""
+OWN, IMPOSED, CACHED, SERVICE, DRAG = range(RESULTS)
+"""What a pass gives: wait for a slot, imposed time, cached tokens, service time, and by how much a
+call slows a step. The last two are then added to the first two, both at once; the middle three
+depend on what is cached."""
+LEVEL_RESULTS = DRAG - IMPOSED
 ROWS = FEATURES * RESULTS
 """Rows of the coefficients: each feature in each result; most are zero."""
 TURN_STEP = UNIT * RESULTS + OWN
@@ -108,6 +112,52 @@ class _Seconds:
         self.base = max(0.0, row.scale * row.prefill_base_ms * 1e-3 - self.fixed)
 
 
+class Pass:
+    """Where the costs of a call are reckoned: arrays made once, and views of them.
+
+    Parameters
+    ----------
+    size
+        Endpoints.
+
+    Attributes
+    ----------
+    cells
+        The features of the call, as those of each level of cached tokens see it; one after another.
+    calls, results
+        By number of levels: the features of so many, (levels, features), and where their product
+        with the coefficients goes, (levels, results x endpoints).
+    levels
+        What depends on what is cached, of each level: (LEVEL_RESULTS, endpoints).
+    own, drag, held, ends, additions
+        Of the first level: rows of the results, see `OWN`; the last three two rows each.
+    part, parts
+        Weights of two knots, written and read.
+    """
+
+    __slots__ = (
+        "additions", "calls", "cells", "drag", "ends", "held", "levels", "own", "part", "parts",
+        "results",
+    )  # fmt: skip
+
+    def __init__(self, size: int) -> None:
+        self.cells = array("d", bytes(8 * LEVELS * FEATURES))
+        calls: Floats = np.frombuffer(self.cells).reshape(LEVELS, FEATURES)
+        calls[:, UNIT] = 1.0
+        results: Floats = np.empty((LEVELS, RESULTS * size))
+        by_row = results.reshape(LEVELS, RESULTS, size)
+        self.calls = tuple(calls[:count] for count in range(LEVELS + 1))
+        self.results = tuple(results[:count] for count in range(LEVELS + 1))
+        self.levels: tuple[Floats, ...] = tuple(by_row[:, IMPOSED:DRAG])
+        self.own: Floats = by_row[0, OWN]
+        self.drag: Floats = by_row[0, DRAG]
+        self.held: Floats = by_row[0, CACHED:DRAG]
+        self.ends: Floats = by_row[0, : IMPOSED + 1]
+        self.additions: Floats = by_row[0, SERVICE:]
+        self.part = array("d", (1.0, 0.0))
+        self.parts: Floats = np.frombuffer(self.part)
+
+
 class Loads:
     """Struct of arrays over endpoints and their residents.
 
@@ -130,6 +180,8 @@ class Loads:
         Prompt plus output that a call may have without the KV pool limiting the calls at once.
     least_room_tokens
         The least of them, or less.
+    workspace
+        Where a decision reckons with all this.
     in_flight, total
         Calls of each endpoint, and of all.
     imposed
@@ -154,6 +206,7 @@ class Loads:
         self.in_flight: npt.NDArray[np.int64] = np.frombuffer(self._calls, dtype=np.int64)
         self.imposed: Floats = np.zeros((_KNOTS, size))
         self.least_room_tokens = math.inf
+        self.workspace = Pass(size)
         self.total = 0
         self._seconds: list[_Seconds | None] = [None] * size
         self._own = array("d", bytes(8 * _OWN_ROWS * size))

@@ -51,6 +51,8 @@ __all__ = [
 TABLE_SCHEMA = "almanac.table/1"
 
 
+_FOUND = 1024
+"""Rows kept in the form that the router reads."""
 TAIL_WEIGHT = 3.0
 """Weight of the tail in tables of a CVaR objective: best for it in simulation, of 0, 1, 3 and 8."""
 
@@ -112,6 +114,7 @@ class DispatchTable:
     tuning: Tuning = field(default_factory=Tuning)
     _rows: Rows = field(init=False, repr=False, compare=False)
     _index: dict[tuple[str, str], tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _found: dict[int, Found] = field(default_factory=dict, init=False, repr=False, compare=False)
     _places: npt.NDArray[np.intp] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -152,7 +155,13 @@ class DispatchTable:
         bucket = bisect.bisect_left(self.bounds, occupancy)
         if bucket >= len(numbers):
             return None
-        return Found(self._rows, numbers[bucket], self.tuning, self._places)
+        number = numbers[bucket]
+        found = self._found.get(number)
+        if found is None:
+            if len(self._found) >= _FOUND:
+                self._found.clear()
+            found = self._found[number] = Found(self._rows, number, self.tuning, self._places)
+        return found
 
     def spread(self, endpoints: Sequence[str]) -> DispatchTable:
         """Return the same table for a router whose endpoints are these, in this order.
@@ -267,20 +276,26 @@ class DispatchTable:
 
 
 class Found:
-    """A row as the router reads it: arrays in the router's order of endpoints."""
+    """A row as the router reads it: arrays in the router's order of endpoints.
 
-    __slots__ = ("_number", "_places", "_rows", "_tuning")
+    Attributes
+    ----------
+    theta
+        Weight of a second of delay imposed on each endpoint's residents: that of the tuning, and
+        the scaled opportunity price of a slot second.
+    priority
+        As in `Row`.
+    """
+
+    __slots__ = ("_number", "_places", "_rows", "_tuning", "priority", "theta")
 
     def __init__(
         self, rows: Rows, number: int, tuning: Tuning, places: npt.NDArray[np.intp] | None
     ) -> None:
         self._rows, self._number, self._tuning, self._places = rows, number, tuning, places
-
-    @property
-    def price(self) -> Numbers:
-        """Scaled opportunity price of a slot second, s/s."""
-        price, scale = self._rows.price[self._number], self._tuning.price_scale
-        return self._placed(price if scale == 1.0 else price * scale)
+        price = self._placed(rows.price[number] * tuning.price_scale)
+        self.theta: npt.NDArray[np.float64] = tuning.theta + price.astype(np.float64)
+        self.priority = rows.priorities[number]
 
     @property
     def pull_s(self) -> Numbers:
@@ -289,11 +304,6 @@ class Found:
         least_s = float(self._rows.cost_s[self._number].min())
         pull_s = self._tuning.plan_pull * least_s
         return self._placed(pull_s - share * (pull_s / (float(share.max()) or 1.0)))
-
-    @property
-    def priority(self) -> str:
-        """As in `Row`."""
-        return self._rows.priorities[self._number]
 
     @property
     def row(self) -> Row:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch.loads import RESULTS, Loads
+from planner.dispatch.loads import LEVEL_RESULTS, Loads
 from planner.dispatch.prefixes import Holders, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
@@ -339,7 +339,7 @@ class FleetView:
         return levels(prefix, self._holders)
 
     def spread(self, bits: int) -> npt.NDArray[np.bool_]:
-        """Return a set of endpoints, given as bits, as a mask; (results of a pass, endpoints)."""
+        """Return a set of endpoints, given as bits, as a mask; (LEVEL_RESULTS, endpoints)."""
         found = self._spreads.get(bits)
         if found is None:
             if len(self._spreads) >= _SPREADS:
@@ -347,7 +347,7 @@ class FleetView:
             size = len(self._states)
             packed = np.frombuffer(bits.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
             mask = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
-            found = np.tile(mask, (RESULTS, 1))
+            found = np.tile(mask, (LEVEL_RESULTS, 1))
             self._spreads[bits] = found
         return found
 

@@ -75,14 +75,10 @@ class Planned:
         if tuning.tail_weight:
             chance = self._tail.chance(call, forecast.remaining_s, ready.now_s)
             weight *= 1.0 + tuning.tail_weight * chance
-        scores = costs.weighted(weight, tuning.theta)
-        price, pull_s = row.price, row.pull_s if tuning.plan_pull else None
-        if not candidates.whole:
-            price = price[candidates.indices]
-            pull_s = pull_s if pull_s is None else pull_s[candidates.indices]
-        scores += price * costs.imposed_s
-        if pull_s is not None:
-            scores += pull_s
+        whole, indices = candidates.whole, candidates.indices
+        scores = costs.weighted(weight, row.theta if whole else row.theta[indices])
+        if tuning.plan_pull:
+            scores += row.pull_s if whole else row.pull_s[indices]
         position = least(scores)
         return Choice(
             candidates[position].index,

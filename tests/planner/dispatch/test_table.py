@@ -106,10 +106,11 @@ def test_look_up_goes_by_load_and_ends_with_the_last_bucket() -> None:
 
 
 def test_weights_are_applied_when_compiled() -> None:
-    """Prices are scaled, and the plan's pull is the share-weighted part of the least service."""
-    row = table().find(WORKFLOW.content_hash, "a#0", 1.0)
+    """Imposed time counts at theta and the scaled price; the pull is by distance from the plan."""
+    made = table()
+    row = made.find(WORKFLOW.content_hash, "a#0", 1.0)
     assert row is not None
-    assert row.price.tolist() == [1.0, 0.25]
+    assert row.theta.tolist() == [made.tuning.theta + 1.0, made.tuning.theta + 0.25]
     least_s = min(one.cost_s for one in row.row.ranked)
     assert row.pull_s == pytest.approx((least_s * (1 - 0.25 / 0.75), 0.0))
 
@@ -203,7 +204,8 @@ def test_rows_of_planned_size_take_four_bytes_a_number() -> None:
 
 def test_a_table_spread_over_a_larger_fleet_plans_nothing_for_the_new() -> None:
     """Endpoints are found by id, in the router's order; those it does not know count nothing."""
-    found = table().spread(("slow", "new", "fast")).find(WORKFLOW.content_hash, "a#0", 1.0)
+    made = table().spread(("slow", "new", "fast"))
+    found = made.find(WORKFLOW.content_hash, "a#0", 1.0)
     assert found is not None
-    assert found.price.tolist() == [0.25, 0.0, 1.0]
+    assert (found.theta - made.tuning.theta).tolist() == [0.25, 0.0, 1.0]
     assert found.pull_s[1] == 0.0
