@@ -15,7 +15,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write
 
 if TYPE_CHECKING:
-    from planner.whatif.answer import Effort
+    from planner.whatif.effort import Effort
     from planner.whatif.question import Question, Target
     from planner.whatif.store import Store
 
@@ -211,12 +211,12 @@ def _question(args: argparse.Namespace) -> Question:
 def _answer(
     args: argparse.Namespace, question: Question, store: Store
 ) -> tuple[Mapping[str, Any], str]:
-    from planner.whatif.answer import what_if
     from planner.whatif.cheapest import cheapest_fleet
     from planner.whatif.grid import load_grid, run_grid
     from planner.whatif.notation import parse_scenario
     from planner.whatif.prices import marginal_values
     from planner.whatif.question import Target
+    from planner.whatif.scenarios import what_if
     from planner.whatif.whynot import why_not
 
     target = Target.parse(args.target) if args.target else None
@@ -251,7 +251,7 @@ def _answer(
 
 
 def _effort(args: argparse.Namespace, seeds: int, runs: int, target: Target | None) -> Effort:
-    from planner.whatif.answer import Effort, bounded
+    from planner.whatif.effort import Effort, bounded
 
     effort = Effort(seeds=args.seeds or seeds, runs=args.runs or runs, level=args.level)
     if args.no_bounds:

@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 
 from planner.report.terminal import align
-from planner.whatif.answer import Effort, ask, what_if
+from planner.whatif.asking import ask
 from planner.whatif.changes import Scenario
 from planner.whatif.demo import demo_question
+from planner.whatif.effort import Effort
 from planner.whatif.figures import Figure
 from planner.whatif.grid import Grid, run_grid
 from planner.whatif.notation import parse_scenario
 from planner.whatif.question import METRICS, Metric, Question, Target
+from planner.whatif.scenarios import what_if
 from planner.whatif.store import Store
 
 __all__ = ["GRID", "Bar", "bars_json", "bars_table", "measure_bars", "random_scenarios"]

@@ -17,7 +17,10 @@ from planner.domain.errors import Infeasible, InvalidInput
 from planner.domain.fleet import Endpoint, Fleet
 from planner.domain.ids import EndpointId
 from planner.report.terminal import align
-from planner.whatif.answer import Answer, Effort, ask, capacity_rps
+from planner.whatif.answer import Answer
+from planner.whatif.asking import ask
+from planner.whatif.capacity import capacity_rps
+from planner.whatif.effort import Effort
 from planner.whatif.question import Question, Target, check_deadlines
 from planner.whatif.sample import BoundTask
 from planner.whatif.store import Store

@@ -21,14 +21,15 @@ from planner.domain.fleet import Fleet, load_fleet
 from planner.domain.trace import load_trace
 from planner.domain.workflow import Workflow, load_workflow
 from planner.whatif import whynot as reasons
-from planner.whatif.answer import Effort, WhatIf, what_if
 from planner.whatif.cheapest import cheapest_fleet
 from planner.whatif.diff import Diff, compare_files
+from planner.whatif.effort import Effort
 from planner.whatif.grid import Grid, GridResult, load_grid, run_grid
 from planner.whatif.notation import parse_scenario
 from planner.whatif.prices import marginal_values
 from planner.whatif.question import Question, Stream, Target
 from planner.whatif.regret import Regret, hindsight
+from planner.whatif.scenarios import WhatIf, what_if
 from planner.whatif.store import Store
 
 __all__ = [

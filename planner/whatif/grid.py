@@ -30,11 +30,14 @@ from planner.domain.check import closed_mapping, items, number
 from planner.domain.errors import InvalidInput
 from planner.domain.files import read_yaml
 from planner.report.terminal import align
-from planner.whatif.answer import Answer, Effort, answer_table, ask, bounded, flat_row
+from planner.whatif.answer import Answer
+from planner.whatif.asking import ask
 from planner.whatif.changes import ScaleLoad, Scenario
+from planner.whatif.effort import Effort, bounded
 from planner.whatif.notation import parse_scenario
 from planner.whatif.question import Question, Target, check_deadlines
 from planner.whatif.store import Store
+from planner.whatif.tables import answer_table, flat_row
 
 __all__ = ["GRID_SCHEMA", "Cell", "Grid", "GridResult", "Knee", "knees", "load_grid", "run_grid"]
 

@@ -19,8 +19,10 @@ from planner.domain.estimates import WorkflowEstimate
 from planner.domain.memory import GB
 from planner.graph.sampling import scenarios
 from planner.report.terminal import align
-from planner.whatif.answer import Answer, Effort, ask
+from planner.whatif.answer import Answer
+from planner.whatif.asking import ask
 from planner.whatif.changes import AddEndpoints, AddKv, AddSlots, Change, SetDeadline
+from planner.whatif.effort import Effort
 from planner.whatif.figures import Figure, mean_figure
 from planner.whatif.question import Metric, Question
 from planner.whatif.store import Store

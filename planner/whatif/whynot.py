@@ -22,7 +22,9 @@ from typing import Any
 from planner.domain.errors import Infeasible, InvalidInput, NoSolutionFound
 from planner.domain.memory import gpu_memory_gb
 from planner.report.terminal import align
-from planner.whatif.answer import Answer, Effort, ask, capacity_rps
+from planner.whatif.answer import Answer
+from planner.whatif.asking import ask
+from planner.whatif.capacity import capacity_rps
 from planner.whatif.changes import (
     AddEndpoints,
     Change,
@@ -31,6 +33,7 @@ from planner.whatif.changes import (
     Scenario,
     SetDeadline,
 )
+from planner.whatif.effort import Effort
 from planner.whatif.question import Question, Target, check_deadlines
 from planner.whatif.sample import BoundTask
 from planner.whatif.store import Store

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from planner.domain.errors import InvalidInput
-from planner.whatif.answer import Effort, ask, capacity_rps, effect, what_if
+from planner.whatif.asking import ask
+from planner.whatif.capacity import capacity_rps
+from planner.whatif.effects import effect
+from planner.whatif.effort import Effort
 from planner.whatif.notation import parse_scenario
 from planner.whatif.question import Question, Stream, Target, workload
 from planner.whatif.sample import Sample, counted_only
+from planner.whatif.scenarios import what_if
 from planner.whatif.store import Store
 
 from .small import ALONE_S, DISPATCH_S, chain, endpoint, forecasts, question

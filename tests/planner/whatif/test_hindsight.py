@@ -17,8 +17,8 @@ from planner.domain.plan import Assignment, Plan, save_plan
 from planner.domain.trace import CallRecord, TraceRecord, save_trace
 from planner.domain.workflow import save_workflow
 from planner.sim.kernel import simulate
-from planner.whatif.answer import Effort
 from planner.whatif.diff import compare
+from planner.whatif.effort import Effort
 from planner.whatif.question import Question, workload
 from planner.whatif.regret import PARTS, Regret, hindsight
 

@@ -10,11 +10,12 @@ import pytest
 
 from planner.domain.errors import InvalidInput
 from planner.report.whatif_page import grid_figure, write_grid_page
-from planner.whatif.answer import Answer, Effort
+from planner.whatif.answer import Answer
 from planner.whatif.bars import random_scenarios
 from planner.whatif.changes import AddEndpoints, ScaleLoad, Scenario
 from planner.whatif.cheapest import cheapest_fleet
 from planner.whatif.demo import demo_question
+from planner.whatif.effort import Effort
 from planner.whatif.figures import Figure
 from planner.whatif.grid import Cell, Grid, knees, load_grid, run_grid
 from planner.whatif.notation import parse_scenario
