@@ -33,9 +33,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch import loads as rows
 from planner.dispatch.forecast import Forecast
-from planner.dispatch.loads import Loads, knot
+from planner.dispatch.loads import knot, pack_features
 from planner.dispatch.view import EndpointState, FleetView
 
 __all__ = ["Cost", "Costs", "call_cost", "fleet_costs"]
@@ -72,62 +71,54 @@ class Costs(Sequence[Cost]):
 
     Parameters
     ----------
-    times
-        Own and imposed seconds, as in `Cost`; shape (2, endpoints).
-    held
-        Cached tokens and service seconds; shape (2, endpoints).
+    own_s, imposed_s, service_s, cached_tokens
+        As in `Cost`; each of shape (endpoints,).
     """
 
-    __slots__ = ("_held", "_times")
+    __slots__ = ("cached_tokens", "imposed_s", "own_s", "service_s")
 
-    def __init__(self, times: Floats, held: Floats) -> None:
-        self._times, self._held = times, held
-
-    @property
-    def own_s(self) -> Floats:
-        """From now to the call's finish."""
-        own_s: Floats = self._times[0]
-        return own_s
-
-    @property
-    def imposed_s(self) -> Floats:
-        """Sum over residents of criticality x delay."""
-        imposed_s: Floats = self._times[1]
-        return imposed_s
-
-    @property
-    def service_s(self) -> Floats:
-        """Slot seconds the call will hold."""
-        service_s: Floats = self._held[1]
-        return service_s
+    def __init__(
+        self, own_s: Floats, imposed_s: Floats, service_s: Floats, cached_tokens: Floats
+    ) -> None:
+        self.own_s, self.imposed_s = own_s, imposed_s
+        self.service_s, self.cached_tokens = service_s, cached_tokens
 
     def weighted(self, own: float, imposed: float | Floats) -> Floats:
         """Return own x own_s + imposed x imposed_s, a new array.
 
         ``imposed`` is one weight, or one for each endpoint.
         """
-        scores: Floats = self._times[1] * imposed
-        scores += self._times[0] * own
+        scores = self.imposed_s * imposed
+        scores += self.own_s * own
         return scores
 
     def __len__(self) -> int:
-        return int(self._times.shape[1])
+        return len(self.own_s)
 
     def __getitem__(self, place: int) -> Cost:  # type: ignore[override]
-        times, held = self._times.item, self._held.item
-        return Cost(times(0, place), times(1, place), int(held(0, place)), held(1, place))
+        return Cost(
+            self.own_s.item(place),
+            self.imposed_s.item(place),
+            int(self.cached_tokens.item(place)),
+            self.service_s.item(place),
+        )
 
     def __iter__(self) -> Iterator[Cost]:
         return (self[place] for place in range(len(self)))
 
     def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
         """Take over the costs of the same endpoints at some places."""
-        self._times[:, places] = other._times[:, places]
-        self._held[:, places] = other._held[:, places]
+        for name in self.__slots__:
+            getattr(self, name)[places] = getattr(other, name)[places]
 
     def take(self, places: npt.NDArray[np.intp]) -> Costs:
         """Return the costs at some places, in their order."""
-        return Costs(self._times[:, places], self._held[:, places])
+        return Costs(
+            self.own_s[places],
+            self.imposed_s[places],
+            self.service_s[places],
+            self.cached_tokens[places],
+        )
 
 
 def call_cost(
@@ -222,71 +213,39 @@ def fleet_costs(
     output = forecast.output_tokens
     context = prompt_tokens + 0.5 * output
     most = max(0, prompt_tokens - 1)
+    cached = np.zeros(len(view.states))
     if prefilled:
-        levels, prefix_tokens = [(most, view.everyone)], 1.0
+        cached += most
     else:
-        levels = view.matches(prefix)
-        if not levels or levels[0][1] != view.everyone:
-            levels.insert(0, (0, view.everyone))
+        for depth, who in view.matches(prefix):
+            tokens = min(most, int(depth * prefix_tokens))
+            if who.bit_count() > _FEW:
+                cached[view.spread(who)] = tokens
+                continue
+            while who:
+                index = who.bit_length() - 1
+                who ^= 1 << index
+                cached[index] = tokens
 
-    # One product reckons the call as those of each level see it.
+    # One product reckons the call as if nothing were cached; what is saved is taken off.
     work = loads.workspace
-    cells, start, count = work.cells, 0, min(len(levels), rows.LEVELS)
-    for place in range(count):
-        cached = min(most, int(levels[place][0] * prefix_tokens))
-        tokens = prompt_tokens - cached
-        cells[start + rows.TOKENS] = tokens
-        cells[start + rows.SQUARE_TOKENS] = float(tokens) * (prompt_tokens + cached)
-        cells[start + rows.OUTPUT] = output
-        cells[start + rows.OUTPUT_CONTEXT] = output * context
-        cells[start + rows.CONTEXT_TOKENS] = context
-        cells[start + rows.HELD] = cached
-        start += rows.FEATURES
-    work.calls[count].dot(loads.by_feature, work.results[count])
-    table = work.levels[0]
-    for place in range(1, count):
-        who, deeper = levels[place][1], work.levels[place]
-        if who.bit_count() > _FEW:
-            np.putmask(table, view.spread(who), deeper)
-            continue
-        while who:
-            index = who.bit_length() - 1
-            who ^= 1 << index
-            table[:, index] = deeper[:, index]
-    if len(levels) > rows.LEVELS:
-        deepest = [(min(most, int(d * prefix_tokens)), who) for d, who in levels[rows.LEVELS :]]
-        _save(table, loads, view, deepest)
-
+    square = float(prompt_tokens) * prompt_tokens
+    pack_features(work.cells, 0, 1.0, prompt_tokens, square, output, output * context, context)
+    work.call.dot(loads.by_feature, work.results)
+    saved = loads.per_square_s * cached
+    saved += loads.per_token_s
+    saved *= cached
+    service = work.service - saved
+    own: Floats = np.maximum(work.wait, loads.queue_s)
+    own += service
     place, part = knot(output)
-    work.part[0], work.part[1] = 1.0 - part, part
-    own, drag = work.own, work.drag
-    np.multiply(drag, work.parts.dot(loads.imposed[place : place + 2]), out=drag)
-    np.maximum(own, loads.queue_s, out=own)
-    times: Floats = np.add(work.ends, work.additions)  # own of service, imposed of drag
-    held = work.held.copy()
-    if prompt_tokens + output > loads.least_room_tokens:
-        for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
-            cost = _cost(prompt_tokens, int(held[0, index]), output, view.states[index], now_s)
-            times[:, index] = cost.own_s, cost.imposed_s
-            held[1, index] = cost.service_s
-    return Costs(times, held)
-
-
-def _save(table: Floats, loads: Loads, view: FleetView, levels: Sequence[tuple[int, int]]) -> None:
-    """Take off the prefill that is saved by endpoints that hold more than the table says.
-
-    ``table`` has the imposed time, cached tokens and service time of each endpoint; ``levels`` are
-    cached tokens, rising, and the endpoints that hold them.
-    """
-    imposed, before, service = table
-    cached = before.copy()
-    for tokens, who in levels:
-        np.putmask(cached, view.spread(who)[0], float(tokens))
-    saved = cached + before
-    saved *= loads.coefficients[rows.SQUARE]
-    saved += loads.coefficients[rows.PREFILL]
-    saved *= cached - before
-    before[:] = cached
-    service -= saved
+    work.cell[0], work.cell[1] = 1.0 - part, part
+    imposed = work.drag * work.knots.dot(loads.imposed[place : place + 2])
+    imposed += work.imposed
     saved *= loads.weight
     imposed -= saved
+    if prompt_tokens + output > loads.least_room_tokens:
+        for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
+            cost = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
+            own[index], imposed[index], service[index] = cost.own_s, cost.imposed_s, cost.service_s
+    return Costs(own, imposed, service, cached)

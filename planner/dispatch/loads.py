@@ -25,6 +25,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from struct import Struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,22 +51,19 @@ _LOWS = tuple(2.0 ** (0.5 * place) for place in range(_KNOTS))
 _WIDTH = 8
 """Places for residents that an endpoint begins with."""
 _OWN_ROWS = 5
-LEVELS = 4
-"""Amounts of cached tokens that one product takes; the endpoints of more are corrected after it."""
-FEATURES = 7
-UNIT, TOKENS, SQUARE_TOKENS, OUTPUT, OUTPUT_CONTEXT, CONTEXT_TOKENS, HELD = range(FEATURES)
-"""Features of a call: 1, uncached tokens, what they attend to in all, output, output x context,
-context, cached tokens."""
-RESULTS = 5
-OWN, IMPOSED, CACHED, SERVICE, DRAG = range(RESULTS)
-"""What a pass gives: wait for a slot, imposed time, cached tokens, service time, and by how much a
-call slows a step. The last two are then added to the first two, both at once; the middle three
-depend on what is cached."""
-LEVEL_RESULTS = DRAG - IMPOSED
+FEATURES = 6
+UNIT, TOKENS, SQUARE_TOKENS, OUTPUT, OUTPUT_CONTEXT, CONTEXT_TOKENS = range(FEATURES)
+"""Features of a call: 1, prompt, square of the prompt, output, output x context, context."""
+pack_features = Struct(f"{FEATURES}d").pack_into
+"""Writes them in this order, at a place in bytes."""
+RESULTS = 4
+WAIT, IMPOSED, SERVICE, DRAG = range(RESULTS)
+"""What a pass gives: wait for a slot, what prefill and keeping a slot impose, service time, and by
+how much the call slows a step."""
 ROWS = FEATURES * RESULTS
 """Rows of the coefficients: each feature in each result; most are zero."""
-TURN_STEP = UNIT * RESULTS + OWN
-TURN_CONTEXT = CONTEXT_TOKENS * RESULTS + OWN
+TURN_STEP = UNIT * RESULTS + WAIT
+TURN_CONTEXT = CONTEXT_TOKENS * RESULTS + WAIT
 BASE = UNIT * RESULTS + SERVICE
 PREFILL = TOKENS * RESULTS + SERVICE
 SQUARE = SQUARE_TOKENS * RESULTS + SERVICE
@@ -77,7 +75,6 @@ IMPOSED_STEP = OUTPUT * RESULTS + IMPOSED
 IMPOSED_CONTEXT = OUTPUT_CONTEXT * RESULTS + IMPOSED
 SLOPE = UNIT * RESULTS + DRAG
 SLOPE_CONTEXT = CONTEXT_TOKENS * RESULTS + DRAG
-CACHED_TOKENS = HELD * RESULTS + CACHED
 
 
 def knot(tokens: float) -> tuple[int, float]:
@@ -122,40 +119,27 @@ class Pass:
 
     Attributes
     ----------
-    cells
-        The features of the call, as those of each level of cached tokens see it; one after another.
-    calls, results
-        By number of levels: the features of so many, (levels, features), and where their product
-        with the coefficients goes, (levels, results x endpoints).
-    levels
-        What depends on what is cached, of each level: (LEVEL_RESULTS, endpoints).
-    own, drag, held, ends, additions
-        Of the first level: rows of the results, see `OWN`; the last three two rows each.
-    part, parts
-        Weights of two knots, written and read.
+    cells, call
+        The features of the call: written with `pack_features`, and read.
+    results
+        Their product with the coefficients, (results x endpoints,).
+    wait, imposed, service, drag
+        Its parts, (endpoints,).
+    cell, knots
+        Weights of two knots: written, and read.
     """
 
     __slots__ = (
-        "additions", "calls", "cells", "drag", "ends", "held", "levels", "own", "part", "parts",
-        "results",
+        "call", "cell", "cells", "drag", "imposed", "knots", "results", "service", "wait",
     )  # fmt: skip
 
     def __init__(self, size: int) -> None:
-        self.cells = array("d", bytes(8 * LEVELS * FEATURES))
-        calls: Floats = np.frombuffer(self.cells).reshape(LEVELS, FEATURES)
-        calls[:, UNIT] = 1.0
-        results: Floats = np.empty((LEVELS, RESULTS * size))
-        by_row = results.reshape(LEVELS, RESULTS, size)
-        self.calls = tuple(calls[:count] for count in range(LEVELS + 1))
-        self.results = tuple(results[:count] for count in range(LEVELS + 1))
-        self.levels: tuple[Floats, ...] = tuple(by_row[:, IMPOSED:DRAG])
-        self.own: Floats = by_row[0, OWN]
-        self.drag: Floats = by_row[0, DRAG]
-        self.held: Floats = by_row[0, CACHED:DRAG]
-        self.ends: Floats = by_row[0, : IMPOSED + 1]
-        self.additions: Floats = by_row[0, SERVICE:]
-        self.part = array("d", (1.0, 0.0))
-        self.parts: Floats = np.frombuffer(self.part)
+        self.cells = bytearray(8 * FEATURES)
+        self.call: Floats = np.frombuffer(self.cells)
+        self.results: Floats = np.empty(RESULTS * size)
+        self.wait, self.imposed, self.service, self.drag = self.results.reshape(RESULTS, size)
+        self.cell = array("d", (1.0, 0.0))
+        self.knots: Floats = np.frombuffer(self.cell)
 
 
 class Loads:
@@ -172,6 +156,8 @@ class Loads:
         (rows, endpoints), see the names above; per unit of the feature.
     by_feature
         The same as (features, results x endpoints), to be multiplied with features.
+    per_token_s, per_square_s
+        Those of prefill: by prompt token, and by its square.
     queue_s
         Prefill queue of each endpoint, s.
     weight
@@ -198,8 +184,9 @@ class Loads:
         )
         self._calls = array("q", bytes(8 * size))
         self.coefficients: Floats = np.frombuffer(self._cells).reshape(ROWS, size)
-        self.coefficients[CACHED_TOKENS] = 1.0
         self.by_feature: Floats = self.coefficients.reshape(FEATURES, RESULTS * size)
+        self.per_token_s: Floats = self.coefficients[PREFILL]
+        self.per_square_s: Floats = self.coefficients[SQUARE]
         self.weight: Floats = np.frombuffer(self._weights)
         self.queue_s: Floats = np.frombuffer(self._queue)
         self.room_tokens: Floats = np.frombuffer(self._room)

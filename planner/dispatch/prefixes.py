@@ -16,7 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from itertools import islice
+from operator import itemgetter, length_hint
 
 __all__ = ["Holders", "PrefixIndex", "levels"]
 
@@ -40,6 +41,9 @@ _PLACES = tuple(depth - 1 for depth in _DEPTHS)
 _TAIL = 32
 """Last items of a prompt that are looked through for the end of the one it goes on from."""
 
+_FORKS = 1024
+"""Beginnings whose forks are kept."""
+
 _TAKE = tuple(itemgetter(*_PLACES[: max(2, n)]) for n in range(len(_DEPTHS)))
 """By number of anchors (two at least): takes the anchors out of a chain."""
 
@@ -51,13 +55,16 @@ def _anchors(prefix: Sequence[int]) -> tuple[int, ...]:
     return _TAKE[count](prefix) if count > 1 else tuple(prefix[:count])
 
 
-def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
+def levels(prefix: Sequence[int], holders: Holders, forks: dict[int, int]) -> list[tuple[int, int]]:
     """Return how deep a chain is held, and by whom.
 
     Parameters
     ----------
     holders
         For each item the endpoints that hold it: bit i is set for endpoint i.
+    forks
+        By first item, the anchor at which the last chain left what others share; a guess, kept
+        here. Chains that begin alike tend to part at the same place: at the end of a system prompt.
 
     Returns
     -------
@@ -67,28 +74,35 @@ def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
     """
     if not prefix:
         return []
-    get, places = holders.get, _PLACES
-    who = get(prefix[0], 0)
+    get, places, first = holders.get, _PLACES, prefix[0]
+    who = get(first, 0)
     if not who:
         return []
     found: list[tuple[int, int]] = []
     size = len(prefix)
     count = bisect_left(places, size)
     # Most prompts go on from an earlier one: who holds all of that is found from the end.
-    deepest = next(filter(holders.__contains__, prefix[: -_TAIL - 1 : -1]), None)
+    backwards = reversed(prefix)
+    deepest = next(filter(holders.__contains__, islice(backwards, _TAIL)), None)
     ends = 0 if deepest is None else holders[deepest] & who
+    ends_at = length_hint(backwards) + 1
     who ^= ends
-    next_ = 1
+    next_, fork = 1, forks.get(first, 0)
     while who:
         # All in `who` hold the anchor before `next_`; find the first one that not all of them hold.
-        end, deeper = count, 0
+        end, deeper, guess = count, 0, fork
         while next_ < end:
-            middle = (next_ + end) >> 1
+            middle = guess if next_ <= guess < end else (next_ + end) >> 1
+            guess = fork - 1 if middle == fork else 0  # is it held by all? then `fork` is it
             here = get(prefix[places[middle]], 0) & who
             if here == who:
                 next_ = middle + 1
             else:
                 end, deeper = middle, here
+        if not found and next_ != fork:
+            if len(forks) >= _FORKS:
+                forks.clear()
+            forks[first] = next_
         # Past their last anchor they may hold the last item of an earlier prompt.
         stay, reached = who ^ deeper, deeper | ends
         top = places[next_ - 1] + 1
@@ -108,7 +122,7 @@ def levels(prefix: Sequence[int], holders: Holders) -> list[tuple[int, int]]:
         who = deeper
         next_ += 1
     if ends:
-        found.append((prefix.index(deepest, max(0, size - _TAIL)) + 1, ends))
+        found.append((ends_at, ends))
     return found
 
 

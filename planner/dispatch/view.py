@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch.loads import LEVEL_RESULTS, Loads
+from planner.dispatch.loads import Loads
 from planner.dispatch.prefixes import Holders, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
@@ -228,7 +228,7 @@ class FleetView:
     """
 
     __slots__ = (
-        "_candidates", "_holders", "_models", "_rooms", "_spreads", "_states", "everyone", "loads",
+        "_candidates", "_forks", "_holders", "_models", "_spreads", "_states", "everyone", "loads",
     )  # fmt: skip
 
     def __init__(self, states: Sequence[EndpointState]) -> None:
@@ -242,11 +242,12 @@ class FleetView:
     @states.setter
     def states(self, states: tuple[EndpointState, ...]) -> None:
         self._states = states
-        self._candidates: dict[tuple[str | None, int], Candidates] = {}
-        self._rooms: dict[str | None, list[int]] = {}
+        # By model: the rooms that endpoints have, rising, and who has at least so much.
+        self._candidates: dict[str | None, tuple[list[int], list[Candidates]]] = {}
         self._models: dict[str | None, tuple[npt.NDArray[np.intp] | slice, int]] = {}
         self._spreads: dict[int, npt.NDArray[np.bool_]] = {}
         self._holders: Holders = {}
+        self._forks: dict[int, int] = {}
         self.everyone = (1 << len(states)) - 1
         self.loads = Loads(states)
         for state in states:
@@ -255,7 +256,6 @@ class FleetView:
     def forget_candidates(self) -> None:
         """Look anew for endpoints that are up."""
         self._candidates.clear()
-        self._rooms.clear()
 
     def candidates(
         self, model: str | None = None, exclude: frozenset[int] = frozenset(), tokens: int = 0
@@ -272,24 +272,20 @@ class FleetView:
             Prompt plus declared output of the call; it must fit the model's context and the KV
             pool.
         """
-        rooms = self._rooms.get(model)
-        if rooms is None:
+        kept = self._candidates.get(model)
+        if kept is None:
             serving = [state for state in self._states if _serves(state, model)]
             if not serving:
                 return Candidates.of((), self)  # not kept: clients name models freely
-            rooms = self._rooms[model] = sorted({state.most_tokens for state in serving})
-        # Calls between the same two rooms have the same candidates.
-        key = model, bisect_left(rooms, tokens)
-        found = self._candidates.get(key)
-        if found is None:
-            found = self._candidates[key] = Candidates.of(
-                (
-                    state
-                    for state in self._states
-                    if _serves(state, model) and tokens <= state.most_tokens
-                ),
-                self,
-            )
+            # Calls between the same two rooms have the same candidates.
+            rooms = sorted({state.most_tokens for state in serving})
+            groups = [
+                Candidates.of((state for state in serving if room <= state.most_tokens), self)
+                for room in rooms
+            ]
+            kept = self._candidates[model] = rooms, [*groups, Candidates.of((), self)]
+        rooms, groups = kept
+        found = groups[bisect_left(rooms, tokens)]
         if exclude:
             return Candidates.of((one for one in found if one.index not in exclude), self)
         return found
@@ -336,18 +332,17 @@ class FleetView:
 
     def matches(self, prefix: Sequence[int]) -> list[tuple[int, int]]:
         """Return the depths to which a prompt is held, rising, with the endpoints that do."""
-        return levels(prefix, self._holders)
+        return levels(prefix, self._holders, self._forks)
 
     def spread(self, bits: int) -> npt.NDArray[np.bool_]:
-        """Return a set of endpoints, given as bits, as a mask; (LEVEL_RESULTS, endpoints)."""
+        """Return a set of endpoints, given as bits, as a mask."""
         found = self._spreads.get(bits)
         if found is None:
             if len(self._spreads) >= _SPREADS:
                 self._spreads.clear()
             size = len(self._states)
             packed = np.frombuffer(bits.to_bytes((size + 7) // 8, "little"), dtype=np.uint8)
-            mask = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
-            found = np.tile(mask, (LEVEL_RESULTS, 1))
+            found = np.unpackbits(packed, count=size, bitorder="little").astype(np.bool_)
             self._spreads[bits] = found
         return found
 

@@ -142,7 +142,7 @@ class Routes:
         ).take(pairs.decoders)  # fmt: skip
         missing = np.full(len(ready.fleet.states), float(call.prompt_tokens))
         for depth, who in ready.fleet.matches(call.prefix):
-            missing[ready.fleet.spread(who)[0]] = call.prompt_tokens - depth * call.prefix_tokens
+            missing[ready.fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
         missing = np.maximum(missing[pairs.decoders], 0.0)
         self.own_s = self.own_s[pairs.entry] + missing[pairs.decode] * pairs.pull_s
         self.own_s += self._rest.own_s[pairs.decode] * pairs.split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.dispatch.events import Event
-from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of, least
+from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of
 from planner.dispatch.policies.finish import LeastExpectedFinish
 from planner.dispatch.ranking import Ranking
 from planner.dispatch.table import DispatchTable
@@ -79,7 +79,7 @@ class Planned:
         scores = costs.weighted(weight, row.theta if whole else row.theta[indices])
         if tuning.plan_pull:
             scores += row.pull_s if whole else row.pull_s[indices]
-        position = least(scores)
+        position = int(scores.argmin())
         return Choice(
             candidates[position].index,
             "plan",

@@ -46,6 +46,7 @@ def test_a_branch_is_matched_to_within_an_eighth_and_never_too_far() -> None:
 def test_the_directory_agrees_with_every_endpoint() -> None:
     """The matches of all endpoints at once are those of each alone, whatever was forgotten."""
     rng = np.random.default_rng(0)
+    forks: dict[int, int] = {}
     holders, made = fleet(9, capacity=16.0 * 400)
     prompts = [
         chain((f"head{h}", int(rng.integers(1, 80))), (f"run{r}", int(rng.integers(1, 200))))
@@ -60,7 +61,7 @@ def test_the_directory_agrees_with_every_endpoint() -> None:
             made[int(rng.integers(9))].clear()
         asked = prompts[int(rng.integers(len(prompts)))]
         found = [0] * 9
-        for depth, who in levels(asked, holders):
+        for depth, who in levels(asked, holders, forks):
             for place in range(9):
                 if who >> place & 1:
                     assert depth > found[place]
@@ -78,7 +79,7 @@ def test_what_was_dropped_is_not_claimed() -> None:
     assert index.held_tokens <= 16.0 * 100
     assert index.match(new) == 90
     assert 0 < index.match(old) <= 10
-    assert levels(old, holders) == [(index.match(old), 0b11), (90, 0b10)]
+    assert levels(old, holders, {}) == [(index.match(old), 0b11), (90, 0b10)]
 
 
 def test_nothing_is_left_in_the_directory_by_endpoints_that_forgot() -> None:
@@ -89,4 +90,4 @@ def test_nothing_is_left_in_the_directory_by_endpoints_that_forgot() -> None:
         one.record(chain(("a", 310)), 16.0)
         one.clear()
     assert holders == {}
-    assert levels(chain(("a", 300)), holders) == []
+    assert levels(chain(("a", 300)), holders, {}) == []
