@@ -1,6 +1,8 @@
 """The router made awaitable: a call goes in, a ticket for one endpoint comes out.
 
-Decisions are synchronous; only a held call waits, for an endpoint or for its turn. A `Ticket`
+Decisions are synchronous; only a held call waits, for an endpoint or for its turn. A call is
+counted when its request is on its way, or before if anything happens that the count bears on. A
+`Ticket`
 stands for one attempt that the router counts as in flight. It is used as a context manager and
 settled exactly once, whatever happens: leaving it unsettled counts as cancelled, so nothing can
 stay behind.
@@ -36,6 +38,11 @@ from planner.domain.trace import CallRecord
 from runtime.clock import Clock
 
 __all__ = ["Dispatcher", "Moved", "Ticket"]
+
+
+_TURNS = 3
+"""Turns of the event loop until a call just sent is counted, if nothing needs its count before: its
+request is written in a task of its own, which a task that may be hedged begins."""
 
 
 class Moved(Exception):
@@ -264,9 +271,18 @@ class Dispatcher:
         decision_us = (time.perf_counter() - started) * 1e6
         (own,) = (command for command in commands if command.call_id == call.call_id)
         self._obey(command for command in commands if command is not own)
-        if not isinstance(own, Send):
+        if isinstance(own, Send):
+            self._settle_in(_TURNS)
+        else:
             own = await self._wait(call, exclude, own)
         return Ticket(self, call, own, attempt, decision_us)
+
+    def _settle_in(self, turns: int) -> None:
+        """Have the router count what was sent, some turns of the loop from now."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._settle_in, turns - 1)
+        else:
+            self.router.settle()
 
     def handle(self, event: Event) -> None:
         """Tell the router, and wake the calls it sends in answer."""

@@ -364,15 +364,15 @@ class Guard:
         self._haste.earn()
         self.hedges.earn()
         call, send = ticket.call, ticket.send
-        state = router.view.states[send.endpoint]
+        crowd = router.crowd(send.endpoint)  # the view would count before the call is under way
         wall_s = self._clock.wall_s
-        gap_s = wall_s(step_s(state))
+        gap_s = wall_s(step_s(crowd))
         if streams:
-            forecast_s = wall_s(first_byte_s(call, send, state))
+            forecast_s = wall_s(first_byte_s(call, send, crowd))
             first_s = self._first.of(forecast_s)
         else:
             # Never less than it may well take: an answer that is cut short is paid for twice.
-            forecast_s = wall_s(whole_s(call, send, state))
+            forecast_s = wall_s(whole_s(call, send, crowd))
             first_s = max(forecast_s, self._whole.of(forecast_s))
         return Patience(
             self,

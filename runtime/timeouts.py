@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from planner.dispatch.events import Call, Send
-from planner.dispatch.view import EndpointState
+from planner.dispatch.view import Crowd
 from planner.domain.calibration import QuantileTracker
 
 __all__ = ["LearnedLimit", "Watch", "first_byte_s", "step_s", "whole_s"]
@@ -80,45 +80,44 @@ class LearnedLimit:
         self._tracker.update(max(0.0, forecast_s), observed_s)
 
 
-def step_s(state: EndpointState) -> float:
+def step_s(crowd: Crowd) -> float:
     """Return the engine seconds of a decode step with the calls an endpoint has now."""
-    calls = min(max(state.in_flight, 1), state.endpoint.max_num_seqs)
-    context = state.context_tokens * calls / max(state.in_flight, 1)
-    return state.latency.decode_step_s(calls, context)
+    calls = min(max(crowd.in_flight, 1), crowd.state.endpoint.max_num_seqs)
+    context = crowd.context_tokens * calls / max(crowd.in_flight, 1)
+    return crowd.state.latency.decode_step_s(calls, context)
 
 
-def first_byte_s(call: Call, send: Send, state: EndpointState) -> float:
+def first_byte_s(call: Call, send: Send, crowd: Crowd) -> float:
     """Return the engine seconds from a send to its first token.
 
     Parameters
     ----------
     call, send
         Just decided.
-    state
-        Of its endpoint, this call counted.
+    crowd
+        Of its endpoint, this call in it.
 
     Notes
     -----
     Prefill of all that waits for it, this call last; one decode step per token budget of it;
     and where the slots are taken, one mean decode for each turn of the slots ahead.
     """
-    endpoint, row = state.endpoint, state.latency
+    endpoint, row = crowd.state.endpoint, crowd.state.latency
     slots = endpoint.max_num_seqs
-    mean_context = state.context_tokens / max(state.in_flight, 1)
+    mean_context = crowd.context_tokens / max(crowd.in_flight, 1)
     if mean_context * slots > endpoint.kv_tokens:
         slots = max(1, int(endpoint.kv_tokens / mean_context))
-    decode_s = step_s(state)
-    waiting = max(state.prefill_tokens, float(call.prompt_tokens - send.cached_tokens))
+    decode_s = step_s(crowd)
+    waiting = max(crowd.prefill_tokens, float(call.prompt_tokens - send.cached_tokens))
     passes = 1.5 + waiting / endpoint.max_num_batched_tokens
     seconds = row.prefill_s(waiting, send.cached_tokens) + passes * decode_s
     if send.in_flight >= slots:
-        outputs = sum(one.output_tokens for one in state.residents.values())
         turns = 1.0 + (send.in_flight - slots) / slots
-        seconds += turns * outputs / max(state.in_flight, 1) * decode_s
+        seconds += turns * crowd.output_tokens / max(crowd.in_flight, 1) * decode_s
     return seconds
 
 
-def whole_s(call: Call, send: Send, state: EndpointState) -> float:
+def whole_s(call: Call, send: Send, crowd: Crowd) -> float:
     """Return the engine seconds that an answer sent as a whole may well take.
 
     Nothing is seen of it before its end, so its length counts: what the call allows itself, else
@@ -127,8 +126,8 @@ def whole_s(call: Call, send: Send, state: EndpointState) -> float:
     tokens = _UNKNOWN_LENGTH * send.predicted_output_tokens
     if call.max_tokens is not None:
         tokens = max(send.predicted_output_tokens, float(call.max_tokens))
-    tokens = min(tokens, float(max(1, state.most_tokens - call.prompt_tokens)))
-    return first_byte_s(call, send, state) + tokens * step_s(state)
+    tokens = min(tokens, float(max(1, crowd.state.most_tokens - call.prompt_tokens)))
+    return first_byte_s(call, send, crowd) + tokens * step_s(crowd)
 
 
 class Watch:

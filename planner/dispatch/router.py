@@ -13,7 +13,8 @@ House rules
   event, in the policy's own order.
 * A decision is answered first and counted afterwards: `decide` leaves the last call it sent to
   `settle`, which comes before anything else that is asked of the router or its view. So nothing
-  but a clock can tell `decide` from `handle`, which does both.
+  but a clock can tell `decide` from `handle`, which does both. `crowd` tells of one endpoint
+  without counting, for those who must not wait for it.
 * With prefill/decode pools a call is counted at both ends from the start; its prefill endpoint
   stops counting it when its part is done. Rows are not learned from such calls.
 """
@@ -51,7 +52,7 @@ from planner.dispatch.policies.base import (
     Wait,
     cost_of,
 )
-from planner.dispatch.view import EndpointState, FleetView, Resident
+from planner.dispatch.view import Crowd, EndpointState, FleetView, Resident
 from planner.domain.errors import IllegalEvent
 from planner.domain.fleet import Fleet
 
@@ -117,6 +118,29 @@ class _Sent:
     forecast: Forecast
     cached_tokens: int
     now_s: float
+
+
+def _residents(sent: _Sent) -> list[tuple[EndpointState, Resident]]:
+    """Return what a call that was sent is counted as, and where."""
+    uncached = float(sent.call.prompt_tokens - sent.cached_tokens)
+    if sent.decode is None:
+        return [(sent.state, _resident(sent, sent.forecast, uncached))]
+    return [
+        (sent.state, _resident(sent, prefill_only(sent.forecast), uncached)),
+        (sent.decode, _resident(sent, sent.forecast, 0.0)),
+    ]
+
+
+def _resident(sent: _Sent, forecast: Forecast, uncached: float) -> Resident:
+    return Resident(
+        call_id=sent.call.call_id,
+        run_id=sent.call.run_id,
+        prompt_tokens=sent.call.prompt_tokens,
+        uncached_tokens=uncached,
+        output_tokens=forecast.output_tokens,
+        criticality=forecast.criticality,
+        sent_s=sent.now_s,
+    )
 
 
 class Router:
@@ -309,39 +333,30 @@ class Router:
         if sent is None:
             return
         self._sent = None
-        call, state, decode, forecast = sent.call, sent.state, sent.decode, sent.forecast
-        uncached = float(call.prompt_tokens - sent.cached_tokens)
+        call, state, decode = sent.call, sent.state, sent.decode
+        for where, resident in _residents(sent):
+            where.add(resident)
+            where.prefix.record(call.prefix, call.prefix_tokens)
         if decode is None:
-            self._reside(call, state, forecast, uncached, sent.now_s)
             self._where[call.call_id] = state
             if self.learner is not None:
-                self.learner.sent(
-                    call, state, sent.cached_tokens, forecast.output_tokens, sent.now_s
-                )
+                output_tokens = sent.forecast.output_tokens
+                self.learner.sent(call, state, sent.cached_tokens, output_tokens, sent.now_s)
         else:
-            self._reside(call, state, prefill_only(forecast), uncached, sent.now_s)
-            self._reside(call, decode, forecast, 0.0, sent.now_s)
             self._prefills[call.call_id] = state
             self._where[call.call_id] = decode
         self._states[call.call_id] = CallState.SENT
         self._calls[call.call_id] = call
 
-    def _reside(
-        self, call: Call, state: EndpointState, forecast: Forecast, uncached: float, now_s: float
-    ) -> None:
-        """Count a call on an endpoint."""
-        state.add(
-            Resident(
-                call_id=call.call_id,
-                run_id=call.run_id,
-                prompt_tokens=call.prompt_tokens,
-                uncached_tokens=uncached,
-                output_tokens=forecast.output_tokens,
-                criticality=forecast.criticality,
-                sent_s=now_s,
-            )
-        )
-        state.prefix.record(call.prefix, call.prefix_tokens)
+    def crowd(self, endpoint: int) -> Crowd:
+        """Return what an endpoint has to do, all that was sent there in it; counts nothing.
+
+        For those who have to know before there is time to count.
+        """
+        state, sent = self._view.states[endpoint], self._sent
+        if sent is None:
+            return Crowd(state)
+        return Crowd(state, [resident for where, resident in _residents(sent) if where is state])
 
     def _advance(
         self, event: PrefillFinished | FirstToken | CallFinished | CallFailed | CallCancelled

@@ -19,7 +19,7 @@ from planner.dispatch.prefixes import Holders, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
 
-__all__ = ["Candidates", "EndpointState", "FleetView", "PrefixIndex", "Resident"]
+__all__ = ["Candidates", "Crowd", "EndpointState", "FleetView", "PrefixIndex", "Resident"]
 
 _SPREADS = 1024
 """Sets of endpoints kept as arrays."""
@@ -177,6 +177,40 @@ class EndpointState:
     def __repr__(self) -> str:
         state = "up" if self.healthy else "down"
         return f"<{self.endpoint.id} {state} in_flight={self.in_flight} decoding={self.decoding}>"
+
+
+class Crowd:
+    """What an endpoint has to do, with the calls that its counters are about to show.
+
+    Parameters
+    ----------
+    state
+        The endpoint.
+    new
+        Calls that were sent there and are not counted yet.
+
+    Attributes
+    ----------
+    in_flight, prefill_tokens, context_tokens
+        As in `EndpointState`, the new ones counted.
+    """
+
+    __slots__ = ("_new", "context_tokens", "in_flight", "prefill_tokens", "state")
+
+    def __init__(self, state: EndpointState, new: Sequence[Resident] = ()) -> None:
+        self.state, self._new = state, new
+        self.in_flight = state.in_flight + len(new)
+        self.prefill_tokens = state.prefill_tokens
+        self.context_tokens = state.context_tokens
+        for one in new:
+            self.prefill_tokens += one.uncached_tokens
+            self.context_tokens += one.prompt_tokens + one.output_tokens
+
+    @property
+    def output_tokens(self) -> float:
+        """Predicted output of all its calls together."""
+        counted = sum(one.output_tokens for one in self.state.residents.values())
+        return counted + sum(one.output_tokens for one in self._new)
 
 
 class Candidates(tuple[EndpointState, ...]):  # noqa: SLOT001 - a tuple cannot have any

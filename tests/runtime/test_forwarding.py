@@ -383,6 +383,30 @@ async def test_hedging_is_off_unless_given_a_share(bench, until):
     await task
 
 
+@pytest.mark.parametrize("hedge_share", [0.0, 0.1])
+async def test_a_call_is_counted_once_it_is_on_its_way(bench, until, hedge_share):
+    """A request is passed on and written before its decision is counted, which needs no event."""
+    come, written = asyncio.Event(), []
+    one = bench([stream(come, *GOOD_STREAM)], config={"hedge_share": hedge_share})
+    link, counted_there = one.links[0], one.control.router._view.states[0]
+    send = link.send
+
+    async def spied(*request):
+        async def write():
+            written.append(counted_there.in_flight)
+
+        await asyncio.create_task(write())  # as the HTTP library does
+        return await send(*request)
+
+    link.send = spied
+    task = asyncio.create_task(one.ask(stream=True))
+    await until(lambda: counted_there.in_flight == 1)
+    assert written == [0]
+    come.set()
+    await task
+    assert one.clean
+
+
 async def test_a_late_call_is_hedged_and_answered_once(bench):
     """The second endpoint answers first; the other attempt is cancelled, and nobody is blamed."""
     one = bench([STUCK], [stream(*GOOD_STREAM)], config={"hedge_share": 0.1})

@@ -40,12 +40,12 @@ class TestLearnedLimit:
 
 
 def placed(fleet, *, prompt_tokens=100, before=0, **changes):
-    """Return call, send and state of a call sent after some others."""
+    """Return call, send and crowd of a call sent after some others."""
     router = Router(fleet, make_policy("least_load"), Forecaster(EstimateTable()))
     for number in range(before + 1):
         call = Call(call_id=f"c{number}", prompt_tokens=prompt_tokens, model="m", **changes)
         (send,) = router.handle(CallArrived(call=call, now_s=0.0))
-    return call, send, router.view.states[0]
+    return call, send, router.crowd(0)
 
 
 class TestForecasts:
@@ -70,8 +70,8 @@ class TestForecasts:
         fleet = fleet_of(1)
         declared = placed(fleet, max_tokens=2000)
         assert whole_s(*declared) > 2000 * step_s(declared[2])
-        call, send, state = placed(fleet)
-        assert whole_s(call, send, state) > 10 * send.predicted_output_tokens * step_s(state)
+        call, send, crowd = placed(fleet)
+        assert whole_s(call, send, crowd) > 10 * send.predicted_output_tokens * step_s(crowd)
 
 
 class TestWatch:

@@ -1,6 +1,7 @@
 """Router, fleet view and prefix index."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,3 +226,28 @@ def test_whoever_looks_sees_what_was_sent() -> None:
     assert made.view.states[0].prefix.match((1, 2, 3)) == 3
     with pytest.raises(IllegalEvent):
         made.decide(CallArrived(call=call("a"), now_s=0.0))
+
+
+@pytest.mark.parametrize("roles", [("both", "both"), ("prefill", "decode")])
+def test_a_crowd_holds_what_is_not_counted_yet(roles: tuple[str, ...]) -> None:
+    """It is the same before a call is counted and after, and asking for it counts nothing."""
+    pools = Fleet(
+        name="f",
+        endpoints=tuple(
+            replace(one, role=role, kv_bytes_per_token=1000)
+            for one, role in zip(fleet(2).endpoints, roles, strict=True)
+        ),
+    )
+    made = Router(pools, make_policy("least_load"), Forecaster(EstimateTable()))
+    for name in ("a", "b", "c"):
+        made.decide(CallArrived(call=call(name, prefix=(1, 2, 3)), now_s=0.0))
+        before = [crowd_of(made, index) for index in range(2)]
+        assert before == [crowd_of(made, index) for index in range(2)]
+        made.settle()
+        assert before == [crowd_of(made, index) for index in range(2)]
+        assert [one[0] for one in before] == [state.in_flight for state in made.view.states]
+
+
+def crowd_of(made: Router, index: int) -> tuple[float, ...]:
+    crowd = made.crowd(index)
+    return crowd.in_flight, crowd.prefill_tokens, crowd.context_tokens, crowd.output_tokens
