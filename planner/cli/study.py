@@ -46,7 +46,9 @@ def register(subparsers: Any) -> None:
         "--jobs", type=int, default=2, help="processes to simulate with (default: %(default)s)"
     )
     parser.add_argument(
-        "--settings", metavar="GLOB", help="settings to run, as in 'h02-scarce-*/0.85/*'"
+        "--settings",
+        metavar="GLOB,GLOB",
+        help="settings to run, as in 'h02-scarce-*/0.85/*,h00-*'",
     )
     parser.add_argument(
         "--policies", metavar="A,B",

@@ -114,24 +114,32 @@ class _Job:
         return self.folder / "cells" / f"{self.key}.json"
 
 
-def chosen_settings(study: Study, pattern: str | None) -> tuple[Setting, ...]:
-    """Return the settings whose name fits a pattern (``*`` and ``?``), all for None.
+def chosen_settings(study: Study, patterns: str | None) -> tuple[Setting, ...]:
+    """Return the settings whose name fits one of some patterns (``*`` and ``?``), all for None.
+
+    Parameters
+    ----------
+    patterns
+        Separated by commas.
 
     Raises
     ------
     InvalidInput
-        If none does.
+        If nothing fits one of them.
     """
-    chosen = tuple(
-        one for one in study.settings if pattern is None or fnmatch.fnmatch(one.name, pattern)
-    )
-    if not chosen:
-        raise InvalidInput(
-            f"{pattern!r} fits no setting",
-            where="--settings",
-            remedy=f"names look like {study.settings[0].name}",
-        )
-    return chosen
+    if patterns is None:
+        return study.settings
+    chosen: set[Setting] = set()
+    for pattern in patterns.split(","):
+        fitting = [one for one in study.settings if fnmatch.fnmatch(one.name, pattern.strip())]
+        if not fitting:
+            raise InvalidInput(
+                f"{pattern!r} fits no setting",
+                where="--settings",
+                remedy=f"names look like {study.settings[0].name}",
+            )
+        chosen.update(fitting)
+    return tuple(one for one in study.settings if one in chosen)
 
 
 def run_study(

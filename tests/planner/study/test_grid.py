@@ -87,6 +87,7 @@ def test_settings_by_pattern() -> None:
     assert len(value.settings) == 24
     assert len({setting.name for setting in value.settings}) == 24
     assert len(chosen_settings(value, "h02-scarce-*")) == 4
+    assert len(chosen_settings(value, "h02-scarce-*,h00-*0.5*, h00-ample*")) == 9
     with pytest.raises(Exception, match="names look like h00-ample"):
         chosen_settings(value, "h07*")
 
