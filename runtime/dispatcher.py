@@ -1,11 +1,10 @@
 """The router made awaitable: a call goes in, a ticket for one endpoint comes out.
 
 Decisions are synchronous; only a held call waits, for an endpoint or for its turn. A call is
-counted when its request is on its way, or before if anything happens that the count bears on. A
-`Ticket`
-stands for one attempt that the router counts as in flight. It is used as a context manager and
-settled exactly once, whatever happens: leaving it unsettled counts as cancelled, so nothing can
-stay behind.
+counted when its request is on its way, or before if anything happens that the count bears on.
+A `Ticket` stands for one attempt that the router counts as in flight. It is used as a context
+manager and settled exactly once, whatever happens: leaving it unsettled counts as cancelled, so
+nothing can stay behind.
 """
 
 from __future__ import annotations

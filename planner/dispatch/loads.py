@@ -47,6 +47,8 @@ go on."""
 _GRID = np.sqrt(2.0) ** np.arange(44)
 """Lengths at which F is kept, tokens: 1 to 2.9 million."""
 _KNOTS = len(_GRID)
+_LAST = _KNOTS - 4
+"""The last interval that is interpolated in."""
 _LOWS = tuple(2.0 ** (0.5 * place) for place in range(_KNOTS))
 _WIDTH = 8
 """Places for residents that an endpoint begins with."""
@@ -82,8 +84,8 @@ def knot(tokens: float) -> tuple[int, float]:
     if tokens <= 1.0:
         return 0, 0.0
     place = int(2.0 * math.log2(tokens))
-    if place > _KNOTS - 4:
-        place = _KNOTS - 4
+    if place > _LAST:
+        place = _LAST
     return place, (tokens / _LOWS[place] - 1.0) / 0.41421356237309515
 
 
@@ -369,7 +371,7 @@ class Loads:
         size = len(self._states)
         places = np.log2(np.maximum(left, 1.0))
         places *= 2.0
-        cells = np.minimum(places.astype(np.intp), _KNOTS - 4)
+        cells = np.minimum(places.astype(np.intp), _LAST)
         cells += (np.arange(size) * _KNOTS)[:, None]
         flat, shape = cells.ravel(), (size, _KNOTS)
         above = np.bincount(flat, weight.ravel(), size * _KNOTS).reshape(shape)

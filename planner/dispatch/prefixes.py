@@ -118,7 +118,8 @@ def levels(prefix: Sequence[int], holders: Holders, forks: dict[int, int]) -> li
                     break
         if stay:
             found.append((top, who | ends))
-        found.extend(reversed(below))
+        if below:
+            found.extend(reversed(below))
         who = deeper
         next_ += 1
     if ends:

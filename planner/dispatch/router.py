@@ -103,11 +103,6 @@ def elsewhere(send: Send, fleet: Fleet) -> Elsewhere:
     }
 
 
-def _tokens(call: Call) -> int:
-    """Return the least room a call needs: its prompt and what it may declare to answer."""
-    return call.prompt_tokens + (call.max_tokens or 1)
-
-
 @dataclass(slots=True)
 class _Sent:
     """A call that was sent and is not counted yet; ``decode`` is its other end, if it has one."""
@@ -227,7 +222,8 @@ class Router:
 
         For those who can use the answer at once and call `settle` right after.
         """
-        self.settle()
+        if self._sent is not None:
+            self.settle()
         commands: list[Command] = []
         match event:
             case CallArrived():
@@ -282,7 +278,8 @@ class Router:
     ) -> tuple[Sequence[EndpointState], Sequence[EndpointState]]:
         """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
-        serving = self._view.candidates(call.model, event.exclude, _tokens(call))
+        tokens = call.prompt_tokens + (call.max_tokens or 1)  # the least room it needs
+        serving = self._view.candidates(call.model, event.exclude, tokens)
         return serving, entries(serving) if self._pooled else serving
 
     def _place(self, event: CallArrived) -> Command:

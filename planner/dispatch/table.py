@@ -114,7 +114,9 @@ class DispatchTable:
     tuning: Tuning = field(default_factory=Tuning)
     _rows: Rows = field(init=False, repr=False, compare=False)
     _index: dict[tuple[str, str], tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    _found: dict[int, Found] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _found: dict[tuple[str, str, int], Found] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
     _places: npt.NDArray[np.intp] | None = field(
         default=None, init=False, repr=False, compare=False
     )
@@ -149,18 +151,18 @@ class DispatchTable:
 
     def find(self, workflow_hash: str, site: str, occupancy: float) -> Found | None:
         """Return the row of a call at an occupancy, or None if the table does not cover it."""
-        numbers = self._index.get((workflow_hash, site))
-        if numbers is None:
-            return None
-        bucket = bisect.bisect_left(self.bounds, occupancy)
+        key = workflow_hash, site, bisect.bisect_left(self.bounds, occupancy)
+        return self._found.get(key) or self._look_up(*key)
+
+    def _look_up(self, workflow_hash: str, site: str, bucket: int) -> Found | None:
+        """Return a row that is not at hand, and keep it at hand."""
+        numbers = self._index.get((workflow_hash, site), ())
         if bucket >= len(numbers):
             return None
-        number = numbers[bucket]
-        found = self._found.get(number)
-        if found is None:
-            if len(self._found) >= _FOUND:
-                self._found.clear()
-            found = self._found[number] = Found(self._rows, number, self.tuning, self._places)
+        if len(self._found) >= _FOUND:
+            self._found.clear()
+        found = Found(self._rows, numbers[bucket], self.tuning, self._places)
+        self._found[workflow_hash, site, bucket] = found
         return found
 
     def spread(self, endpoints: Sequence[str]) -> DispatchTable:

@@ -359,7 +359,8 @@ class FleetView:
 
     def occupancy(self, candidates: Sequence[EndpointState]) -> float:
         """Return the calls in flight per slot of some endpoints."""
-        candidates = Candidates.of(candidates, self)
+        if not isinstance(candidates, Candidates):
+            candidates = Candidates.of(candidates, self)
         if candidates.whole:
             return self.loads.total / candidates.slots
         return int(self.loads.in_flight[candidates.indices].sum()) / candidates.slots

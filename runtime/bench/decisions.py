@@ -5,8 +5,9 @@ for), each with a call in flight whose prompt begins with its workflow's text an
 own. A decision is the arrival of the next turn of one of them under a policy, with a table if it is
 ``almanac``, from the event to the command that says where it goes (`Router.decide`). Counting it
 (`Router.settle`) comes after the command and before the next event, and is timed by itself; so is
-the sum of both, which is what a decision costs the processor. Then the call it follows ends. Times
-are of the processor, so that what else runs on the machine does not count as waiting; it still
+the sum of both. Then the call it follows ends. Times are by the clock on the wall, as a call waits
+and as the gateway tells them (`x-almanac-router-us`); to read that of the thread costs more than
+half a microsecond. What else runs on the machine counts where it takes the processor away, and
 slows the caches, so measure on a machine that is idle. Each load is run a few times and the
 quietest one told.
 """
@@ -106,7 +107,7 @@ def decision_us(
         What is timed instead of the answer, just before it.
     """
     load = Load(endpoints, slots=slots, sites=sites, policy=policy)
-    router, clock = load.router, time.thread_time_ns
+    router, clock = load.router, time.perf_counter_ns
     took = Took([], [])
 
     def act(event: CallArrived) -> None:
