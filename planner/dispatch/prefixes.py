@@ -16,8 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
-from operator import itemgetter, length_hint
+from operator import itemgetter
 
 __all__ = ["Holders", "PrefixIndex", "levels"]
 
@@ -82,10 +81,12 @@ def levels(prefix: Sequence[int], holders: Holders, forks: dict[int, int]) -> li
     size = len(prefix)
     count = bisect_left(places, size)
     # Most prompts go on from an earlier one: who holds all of that is found from the end.
-    backwards = reversed(prefix)
-    deepest = next(filter(holders.__contains__, islice(backwards, _TAIL)), None)
-    ends = 0 if deepest is None else holders[deepest] & who
-    ends_at = length_hint(backwards) + 1
+    tail = prefix[: -_TAIL - 1 : -1]
+    deepest = next(filter(holders.__contains__, tail), None)
+    ends = ends_at = 0
+    if deepest is not None:
+        ends = holders[deepest] & who
+        ends_at = size - tail.index(deepest)
     who ^= ends
     next_, fork = 1, forks.get(first, 0)
     while who:

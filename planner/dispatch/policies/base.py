@@ -31,6 +31,7 @@ __all__ = [
     "Wait",
     "age_priority",
     "cost_of",
+    "costs_among",
     "costs_of",
     "least",
 ]
@@ -153,9 +154,13 @@ def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) 
 
 def costs_of(ready: Ready) -> Costs:
     """Return the predicted costs of a ready call on its candidates, in their order."""
+    candidates = Candidates.of(ready.candidates, ready.fleet)
+    return costs_among(candidates, ready, ready.forecaster.of(ready.call))
+
+
+def costs_among(candidates: Candidates, ready: Ready, forecast: Forecast) -> Costs:
+    """Return the same where the candidates and the forecast are at hand."""
     call, view = ready.call, ready.fleet
-    candidates = Candidates.of(ready.candidates, view)
-    forecast = ready.forecaster.of(call)
     costs = fleet_costs(
         call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, view, ready.now_s
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planner.dispatch.events import Event
-from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_of
+from planner.dispatch.policies.base import Choice, Ready, age_priority, costs_among
 from planner.dispatch.policies.finish import LeastExpectedFinish
 from planner.dispatch.ranking import Ranking
 from planner.dispatch.table import DispatchTable
@@ -69,7 +69,7 @@ class Planned:
                 ranking=choice.ranking,
             )
         forecast = ready.forecaster.of(call)
-        costs = costs_of(ready)
+        costs = costs_among(candidates, ready, forecast)
         tuning = table.tuning
         weight = forecast.criticality
         if tuning.tail_weight:
