@@ -213,12 +213,15 @@ def fleet_costs(
     output = forecast.output_tokens
     context = prompt_tokens + 0.5 * output
     most = max(0, prompt_tokens - 1)
-    cached = np.zeros(len(view.states))
+    work = loads.workspace
+    cached = np.zeros(work.size)
     if prefilled:
         cached += most
     else:
         for depth, who in view.matches(prefix):
-            tokens = min(most, int(depth * prefix_tokens))
+            tokens = int(depth * prefix_tokens)
+            if tokens > most:
+                tokens = most
             if who.bit_count() > _FEW:
                 cached[view.spread(who)] = tokens
                 continue
@@ -228,7 +231,6 @@ def fleet_costs(
                 cached[index] = tokens
 
     # One product reckons the call as if nothing were cached; what is saved is taken off.
-    work = loads.workspace
     square = float(prompt_tokens) * prompt_tokens
     pack_features(work.cells, 0, 1.0, prompt_tokens, square, output, output * context, context)
     work.call.dot(loads.by_feature, work.results)

@@ -117,7 +117,7 @@ class Pass:
     Parameters
     ----------
     size
-        Endpoints.
+        Endpoints; also an attribute.
 
     Attributes
     ----------
@@ -132,10 +132,11 @@ class Pass:
     """
 
     __slots__ = (
-        "call", "cell", "cells", "drag", "imposed", "knots", "results", "service", "wait",
+        "call", "cell", "cells", "drag", "imposed", "knots", "results", "service", "size", "wait",
     )  # fmt: skip
 
     def __init__(self, size: int) -> None:
+        self.size = size
         self.cells = bytearray(8 * FEATURES)
         self.call: Floats = np.frombuffer(self.cells)
         self.results: Floats = np.empty(RESULTS * size)
