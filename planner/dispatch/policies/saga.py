@@ -277,7 +277,7 @@ class Saga(QueuedPolicy):
                 yield call
             else:
                 blocked = blocked or call
-        if blocked is not None and self.stealing and now_s >= self._alarm_s:
+        if blocked is not None and self._rings(now_s):
             yield blocked  # it asks to be woken, see `choose`
 
     def place(self, ready: Ready) -> Route | None:
@@ -301,11 +301,15 @@ class Saga(QueuedPolicy):
         if self._outlook is None:
             self._outlook = Outlook(ready.fleet, ready.forecaster)
         choice = super().choose(ready)
-        if isinstance(choice, Wait) and self.stealing and ready.now_s >= self._alarm_s:
+        if isinstance(choice, Wait) and self._rings(ready.now_s):
             # Idleness is a matter of time: one of the calls that wait asks for a look at it.
             self._alarm_s = ready.now_s + self.idle_s
             return Wait("affinity", until_s=self._alarm_s)
         return choice
+
+    def _rings(self, now_s: float) -> bool:
+        """Return whether a look at idleness is due; if any counts at once, events bring it."""
+        return self.stealing and self.idle_s > 0.0 and now_s >= self._alarm_s
 
     def _route(self, ready: Ready) -> EndpointState:
         if self.affinity:

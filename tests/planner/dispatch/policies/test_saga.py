@@ -97,6 +97,17 @@ def test_a_wait_asks_to_be_woken_to_steal() -> None:
     assert hold.until_s == pytest.approx(0.15)
 
 
+def test_without_a_time_of_idleness_nobody_asks_to_be_woken() -> None:
+    """Idle from the first instant, an endpoint steals at events; a tick now would never end."""
+    policy = Saga(fair_share=False, idle_s=0.0, spread=100.0)
+    desk = router(policy, endpoint("e0"), endpoint("e1"))
+    arrive(desk, "r.0", 0.0, prefix=(1,))
+    one = call("r.1", ready_s=0.05, run_arrival_s=0.0, prefix=(1,))
+    (hold,) = desk.handle(CallArrived(call=one, now_s=0.05))
+    assert isinstance(hold, Hold)
+    assert hold.until_s is None
+
+
 def test_fair_share_is_remaining_work_over_time_left_per_tenant() -> None:
     """Of two tenants the one whose run is due sooner is served first; without shares, the elder."""
     for fair, first in ((True, "urgent.0@0"), (False, "calm.0@0")):
