@@ -12,6 +12,7 @@ No HTTP library here: both sides are protocols, so tests need no sockets.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from runtime.attempts import Attempts, Begun, Request
 from runtime.desk import Arrival, Case, Desk
 from runtime.fingerprint import read_prompt
 from runtime.limits import Tenant
-from runtime.links import Answer, Downstream, EndpointBroken, Link
+from runtime.links import Answer, ClientGone, Downstream, EndpointBroken, Link
 from runtime.timeouts import Watch
 from runtime.wire import (
     DONE,
@@ -197,7 +198,14 @@ class Forwarder:
         """Give the client an answer that has begun, to its end."""
         headers = {**begun.headers, "x-almanac-attempts": str(sent)}
         if begun.answer is None:
-            return await self._relay(request, case, begun, headers, downstream)
+            try:
+                return await self._relay(request, case, begun, headers, downstream)
+            except (ClientGone, asyncio.CancelledError):
+                # Many clients close once they have read the last event: nothing was cut short.
+                tap = begun.tap
+                if tap is not None and tap.done and not tap.failed:
+                    case.finish(begun.seat, tap.usage, tap.chunks)
+                raise
         if begun.status < 400:
             case.finish(begun.seat, _usage_of(begun.answer.body), 0)
         return Answer(begun.answer.status, begun.answer.body, headers), begun.status

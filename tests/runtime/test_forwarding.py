@@ -580,6 +580,18 @@ async def test_a_client_that_stops_reading_gives_everything_back(bench):
     assert 'endpoint="e0",status="cancelled"} 1' in metrics_text(one.control)
 
 
+async def test_a_client_that_leaves_after_the_last_event_got_its_answer(bench, until):
+    """Many close once they have read [DONE]: that call ended well, and its length is learned."""
+    one = bench([stream(*GOOD_STREAM, "hang")])
+    task = asyncio.create_task(one.ask(stream=True))
+    await until(lambda: one.client.data.endswith(DONE))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert one.clean
+    assert 'endpoint="e0",status="ok"} 1' in metrics_text(one.control)
+
+
 async def test_priority_goes_only_where_the_engine_reads_it(fleet_of):
     """The priority field is set for engines with the priority policy, and for no other."""
     for scheduling, expected in (("priority", True), ("fcfs", False)):
