@@ -155,8 +155,13 @@ def tuning_score_s(latencies_s: Sequence[float]) -> float:
     """Return what every policy is tuned for: mean, mean and tail of run latency, multiplied, in s.
 
     The cube root of the product: a per cent of the mean counts twice as much as one of the tail,
-    which is the noisier of the two. The tail is the mean of the percentiles from 90 to 99: a P95
-    with half the noise. Infinity if no run finished.
+    which is the noisier of the two. The tail is the mean of the percentiles from 90 to 99, which
+    is less noisy than one of them. Infinity if no run finished.
+
+    Parameters
+    ----------
+    latencies_s
+        Run latencies, seconds, in any order; shape (runs,).
     """
     if not len(latencies_s):
         return math.inf
