@@ -53,6 +53,7 @@ _COLUMNS = (
     ("refilled_tokens", "refilled kilotokens", 1e-3, 0),
     ("refilled_share", "refilled %", 100.0, 1),
     ("belady_ratio", "/ Belady", 1.0, 2),
+    ("belady_refills", "refills / Belady", 1.0, 2),
     ("kv_usage", "KV in use %", 100.0, 1),
     ("dispatch_p50_us", "decision us", 1.0, 0),
 )

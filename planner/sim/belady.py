@@ -28,7 +28,15 @@ from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, TraceRecord
 
-__all__ = ["CacheHits", "Prompt", "belady_hits", "cost_ratio", "lru_hits", "recorded_prompts"]
+__all__ = [
+    "CacheHits",
+    "CostRatios",
+    "Prompt",
+    "belady_hits",
+    "cost_ratios",
+    "lru_hits",
+    "recorded_prompts",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +96,57 @@ def recorded_prompts(
     return prompts
 
 
-def cost_ratio(
-    specs: Iterable[RunSpec], records: Sequence[TraceRecord], fleet: Fleet
-) -> float | None:
-    """Return the blocks computed in a simulated run over those that Belady's rule would compute.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRatios:
+    """What a simulated run computed over what Belady's rule would have computed; 1 is the best.
 
-    Same calls, same endpoints, in the same order; 1 is the best there is, and what calls under way
-    at the same time could not share counts against the run. None if nothing had to be computed.
+    Same calls, same endpoints, in the same order; what calls under way at the same time could not
+    share counts against the run.
+
+    Parameters
+    ----------
+    computed
+        Over all blocks; None if nothing had to be computed.
+    refilled
+        Over blocks that had been computed on that endpoint before, which is all that eviction can
+        change; None if Belady's rule computes none again.
     """
+
+    computed: float | None
+    refilled: float | None
+
+
+def cost_ratios(
+    specs: Iterable[RunSpec], records: Sequence[TraceRecord], fleet: Fleet
+) -> CostRatios:
+    """Return the blocks computed in a simulated run over those that Belady's rule would compute."""
     cached = sum(
         (record.cached_tokens or 0) // BLOCK_TOKENS
         for record in records
         if isinstance(record, CallRecord) and record.status == "ok"
     )
-    sought = best = 0
+    sought = best = first = 0
     for name, prompts in recorded_prompts(specs, records).items():
         endpoint = fleet.endpoints[fleet.index_of(EndpointId(name))]
         found = belady_hits(prompts, endpoint.kv_tokens // BLOCK_TOKENS)
         sought += found.sought
         best += found.sought - found.hits
-    return (sought - cached) / best if best else None
+        first += _first_uses(prompts)
+    own = sought - cached
+    return CostRatios(
+        computed=own / best if best else None,
+        refilled=(own - first) / (best - first) if best > first else None,
+    )
+
+
+def _first_uses(prompts: Sequence[Prompt]) -> int:
+    """Return the blocks looked for that no prompt or answer before has held."""
+    seen: set[int] = set()
+    count = 0
+    for prompt in prompts:
+        count += sum(block not in seen for block in prompt.blocks[: prompt.sought])
+        seen.update(prompt.blocks)
+    return count
 
 
 def belady_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:

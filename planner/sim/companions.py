@@ -25,6 +25,7 @@ _MOST_TTL_S = 300.0
 _LEAST_TTL_S = 1e-3
 _COLD_TTL_S = 4.5
 """SAGA's 95th percentile of a web tool before any was seen, s."""
+_PRESERVE = Fate(action="pin", ttl_s=_MOST_TTL_S, again=True)
 _SOFT, _HARD = 0.7, 0.9
 _MEAN_WEIGHT = 0.01
 
@@ -79,7 +80,7 @@ class AdaptiveKv:
         gap_s = self._policy.gaps.mean_s(idle.call)
         fleet = self._policy.fleet
         if idle.kv_usage < self._policy.watermark or gap_s is None or fleet is None:
-            return Fate(action="pin", ttl_s=_MOST_TTL_S)
+            return _PRESERVE
         state = fleet.states[idle.endpoint]
         endpoint, own = state.endpoint, float(idle.context_tokens)
         others = state.context_tokens
@@ -89,7 +90,7 @@ class AdaptiveKv:
             waste["offload"] = 2.0 * swap_s * others
         least = min(waste, key=lambda action: waste[action])
         if least == "pin":
-            return Fate(action="pin", ttl_s=_MOST_TTL_S)
+            return _PRESERVE
         return Fate(action="drop" if least == "drop" else "offload")
 
 

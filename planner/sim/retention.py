@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from planner.dispatch.events import Call
@@ -56,10 +56,19 @@ class Idle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fate:
-    """What to do with the KV; ``ttl_s`` (> 0, finite) counts for a pin only."""
+    """What to do with the KV.
+
+    Parameters
+    ----------
+    ttl_s
+        How long a pin lasts, > 0, finite; counts for a pin only.
+    again
+        Whether to ask again about a pin whenever another run on that endpoint begins to wait.
+    """
 
     action: Literal["leave", "pin", "offload", "drop"] = "leave"
     ttl_s: float = 300.0
+    again: bool = False
 
     def __post_init__(self) -> None:
         if self.action not in ("leave", "pin", "offload", "drop") or not 0 < self.ttl_s < math.inf:
@@ -107,17 +116,33 @@ class Keeper:
         self._at = at
         self._owners: dict[tuple[int, int], str | None] = {}  # (endpoint, block) -> its only run
         self._pins: dict[str, tuple[int, int]] = {}  # run -> endpoint, serial
+        self._open: dict[str, tuple[Idle, tuple[int, ...]]] = {}  # run -> what is asked again
         self._host: dict[tuple[str, int], tuple[int, ...]] = {}  # (run, endpoint) -> chain
         self._serial = 0
 
     def idle(self, idle: Idle, chain: tuple[int, ...]) -> None:
         """Decide about a call with this block chain that has ended while its run goes on."""
-        run_id, index, now_s = idle.call.run_id, idle.endpoint, idle.now_s
+        self._open.pop(idle.call.run_id, None)
+        for other, text in [one for one in self._open.values() if one[0].endpoint == idle.endpoint]:
+            # What an earlier answer has freed counts for the later ones.
+            usage = self._cluster.engine(idle.endpoint).kv_usage
+            renewed = replace(other, kv_usage=usage, now_s=idle.now_s)
+            fate = self._retention.decide(renewed)
+            if fate.action != "pin":
+                self._carry_out(fate, renewed, text)
         fate = self._retention.decide(idle)
+        self._carry_out(fate, idle, chain)
+        if fate.again and idle.call.run_id in self._pins:
+            self._open[idle.call.run_id] = idle, chain
+
+    def _carry_out(self, fate: Fate, idle: Idle, chain: tuple[int, ...]) -> None:
+        run_id, index, now_s = idle.call.run_id, idle.endpoint, idle.now_s
+        self._open.pop(run_id, None)
         if fate.action == "leave":
             return
         private = [block for block in chain if self._owners.get((index, block)) == run_id]
         if fate.action == "drop":
+            self.let_go(run_id, now_s)
             self._cluster.engine(index).forget(private, now_s)
             return
         self.let_go(run_id, now_s)
@@ -142,6 +167,7 @@ class Keeper:
             if owner != run_id:
                 self._owners[index, block] = None
         self._cluster.stop(f"offload {run_id}", now_s)
+        self._open.pop(run_id, None)
         pin = self._pins.get(run_id)
         if pin is not None and pin[0] != index:
             self.let_go(run_id, now_s)
@@ -153,6 +179,7 @@ class Keeper:
 
     def let_go(self, run_id: str, now_s: float) -> None:
         """End a run's pin, and an offload under way; the KV is left to the cache."""
+        self._open.pop(run_id, None)
         self._cluster.stop(f"offload {run_id}", now_s)
         pin = self._pins.pop(run_id, None)
         if pin is not None and self._cluster.up[pin[0]]:

@@ -1,4 +1,4 @@
-"""The fleets of the studies, each with ample or scarce KV.
+"""The fleets of the studies, each with ample, tight or scarce KV.
 
 * ``h10``, ``h05``, ``h02``: five endpoints whose time per token, prefill and decode alike, is
   spread geometrically with least / most = 1.0, 0.5 and 0.2 (``h00``, ``h01`` and ``h02`` of the
@@ -28,7 +28,7 @@ from planner.domain.memory import gpu_memory_gb, kv_blocks_that_fit, model_size
 
 __all__ = ["FLEETS", "KV", "make_fleet"]
 
-KV = Literal["ample", "scarce"]
+KV = Literal["ample", "tight", "scarce"]
 
 MODEL, BASE_ROW = "llama-3.1-8b", "8b-a100-1-bf16"
 SPREADS = {"h00": 1.0, "h01": 0.5, "h02": 0.2}
@@ -47,6 +47,10 @@ SCARCE_BLOCKS = 2_500
 """KV blocks with up to 16 slots, in proportion beyond. At load 0.85 (mix ``agents``, 1,000 runs)
 22 to 24 % of all tokens prefilled under marginal cost had been computed on the same endpoint
 before, 23 to 33 % under least expected finish; see `planner.study.measure.refilled_tokens`."""
+TIGHT_BLOCKS = 8_000
+"""The same where long sessions fit once but not twice: closed loop of 1.2 clients a slot, mix
+``tool_heavy``, refills 35 % of its tokens under first come first served."""
+_BLOCKS: dict[KV, int] = {"ample": AMPLE_BLOCKS, "tight": TIGHT_BLOCKS, "scarce": SCARCE_BLOCKS}
 POOL_MODEL, POOL_TP = "llama-3.1-70b", 8
 _SHEET = {"A100-80": (312.0, 2.0), "H100": (989.0, 3.35), "H200": (989.0, 4.8)}
 """Dense TFLOP/s and TB/s."""
@@ -60,7 +64,7 @@ def make_fleet(name: str, *, kv: KV = "ample", slots: int = 16) -> Fleet:
     name
         One of `FLEETS`.
     kv
-        ``ample`` never evicts text that comes back; ``scarce`` does.
+        ``ample`` never evicts text that comes back; ``tight`` does, and ``scarce`` much more.
     slots
         Calls each endpoint may run at the same time, >= 1.
 
@@ -69,8 +73,8 @@ def make_fleet(name: str, *, kv: KV = "ample", slots: int = 16) -> Fleet:
     InvalidInput
         If the name or the KV size is unknown.
     """
-    if kv not in ("ample", "scarce"):
-        raise InvalidInput(f"{kv!r} is unknown", where="kv", remedy="use ample or scarce")
+    if kv not in _BLOCKS:
+        raise InvalidInput(f"{kv!r} is unknown", where="kv", remedy="use ample, tight or scarce")
     if name in SPREADS:
         endpoints = _spread(SPREADS[name], kv, slots)
     elif name == "measured":
@@ -104,8 +108,9 @@ def _generations(kv: KV, slots: int) -> list[Endpoint]:
     ]
 
 
-def _scarce(slots: int) -> int:
-    return SCARCE_BLOCKS * max(slots, 16) // 16
+def _blocks(kv: KV, slots: int) -> int:
+    most = _BLOCKS[kv]
+    return most if kv == "ample" else most * max(slots, 16) // 16
 
 
 def _whole(name: str, gpu: str, row: LatencyRow, kv: KV, slots: int) -> Endpoint:
@@ -116,7 +121,7 @@ def _whole(name: str, gpu: str, row: LatencyRow, kv: KV, slots: int) -> Endpoint
         model=MODEL,
         gpu=gpu,
         latency=row,
-        kv_blocks=AMPLE_BLOCKS if kv == "ample" else _scarce(slots),
+        kv_blocks=_blocks(kv, slots),
         max_num_seqs=slots,
         scheduling="priority",
         kv_bytes_per_token=size.kv_bytes_per_token,
@@ -145,7 +150,7 @@ def _pools(counts: dict[str, int], kv: KV, slots: int) -> list[Endpoint]:
                     gpu=gpu,
                     tp=POOL_TP,
                     latency=row,
-                    kv_blocks=fits if kv == "ample" else _scarce(slots),
+                    kv_blocks=fits if kv == "ample" else _blocks(kv, slots),
                     max_num_seqs=slots,
                     scheduling="priority",
                     role="prefill" if role == "prefill" else "decode",

@@ -376,7 +376,7 @@ def _simulate(job: _Job) -> str:
         forecaster = _forecaster(job.setting, job.folder, job.setup.policy, job.variant)
         world = replace(world, forecaster=forecaster, retention=variant.retention)
     cell = Cell(setup=job.setup, seed=job.seed, runs=runs, world=world)
-    belady = job.setting.kv == "scarce" and job.seed < TUNING_SEED
+    belady = job.setting.kv != "ample" and job.seed < TUNING_SEED
     with _no_collection():
         records = run_cell(cell, time.perf_counter)
         result = measure(records, runs, alone, world.fleet, belady=belady)

@@ -15,7 +15,7 @@ from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
 from planner.metrics import RunMetrics, summarise
-from planner.sim.belady import cost_ratio
+from planner.sim.belady import cost_ratios
 from planner.sim.experiment import World, mean_latency_s
 from planner.sim.kernel import simulate
 
@@ -56,9 +56,9 @@ class CellResult:
         Runs per second that kept their deadline, or `GOOD_SCALE` if they had none.
     kv_usage, busy_spread
         See `endpoint_use`; warm-up included.
-    belady_ratio
-        Blocks computed over those that Belady's rule would compute, see `planner.sim.belady`;
-        None where it was not asked for.
+    belady_ratio, belady_refills
+        Blocks computed, and computed anew, over those that Belady's rule would; see
+        `planner.sim.belady`. None where it was not asked for.
     all_mean_s
         Mean latency of all runs, warm-up included: what bounds of whole workloads bound.
     stretches
@@ -78,6 +78,7 @@ class CellResult:
     kv_usage: float | None = None
     busy_spread: float | None = None
     belady_ratio: float | None = None
+    belady_refills: float | None = None
     all_mean_s: float | None = None
     stretches: tuple[float, ...] = ()
     tenants: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -140,6 +141,7 @@ def measure(
     metrics = summarise(counted)
     good = [_good(one, stretch) for one, stretch in zip(ended, stretches, strict=True)]
     kv_usage, busy_spread = endpoint_use(records, fleet)
+    ratios = cost_ratios(runs, records, fleet) if belady else None
     return CellResult(
         metrics=metrics,
         stretch_mean=float(np.mean(stretches)) if known else None,
@@ -150,7 +152,8 @@ def measure(
         goodput_rps=float(np.mean(good)) * (metrics.throughput_rps or 0.0) if known else None,
         kv_usage=kv_usage,
         busy_spread=busy_spread,
-        belady_ratio=cost_ratio(runs, records, fleet) if belady else None,
+        belady_ratio=ratios.computed if ratios else None,
+        belady_refills=ratios.refilled if ratios else None,
         all_mean_s=mean_latency_s(records) if known else None,
         stretches=tuple(sorted(stretches)),
         tenants=_tenants(ended, stretches),

@@ -31,7 +31,7 @@ STUDY_SCHEMA = "almanac.study/2"
 METRICS = (
     "mean_s", "p50_s", "p95_s", "p99_s", "stretch_mean", "stretch_p95", "stretch_p99", "jain",
     "throughput_rps", "goodput_rps", "prefix_hit_ratio", "prefilled_tokens", "refilled_tokens",
-    "refilled_share", "belady_ratio", "kv_usage", "busy_spread",
+    "refilled_share", "belady_ratio", "belady_refills", "kv_usage", "busy_spread",
     "dispatch_p50_us", "dispatch_p99_us",
 )  # fmt: skip
 COMPARED = ("mean_s", "p95_s", "stretch_p95", "stretch_p99")

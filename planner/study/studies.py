@@ -92,6 +92,8 @@ _CALIBRATED = (
     Setting(mix="tree", load=0.95),
     Setting(fleet="hetero1", mix="rag", arrivals="burst"),
     Setting(fleet="hetero2", mix="react", arrivals="burst"),
+    acceptance.POOLS,
+    acceptance.ALIKE,
     acceptance.TENANTS,
 )
 _SCARCE = tuple(
@@ -176,7 +178,7 @@ def _regimes() -> tuple[Claim, ...]:
         Claim(name=f"KV pressure: {setting.name}", metric="refilled_share", measured="value",
               of=Side(setting=setting, policy="least_expected_finish"), low=0.2,
               source="SAGA: 22 to 38 % of the time")
-        for setting in _SCARCE
+        for setting in (*_SCARCE, acceptance.ENGINE)
     ]  # fmt: skip
     return (*idle, *calm, *calibrated, *scarce)
 
