@@ -161,21 +161,19 @@ def costs_of(ready: Ready) -> Costs:
 def costs_among(candidates: Candidates, ready: Ready, forecast: Forecast) -> Costs:
     """Return the same where the candidates and the forecast are at hand."""
     call, view = ready.call, ready.fleet
-    costs = fleet_costs(
-        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, view, ready.now_s
-    )
-    if candidates.prefill.size:
-        costs.put(
-            candidates.prefill,
-            fleet_costs(
-                call.prompt_tokens,
-                call.prefix,
-                call.prefix_tokens,
-                prefill_only(forecast),
-                view,
-                ready.now_s,
-            ),
+
+    def of(one: Forecast) -> Costs:
+        return fleet_costs(
+            call.prompt_tokens, call.prefix, call.prefix_tokens, one, view, ready.now_s
         )
+
+    if not candidates.prefill.size:
+        costs = of(forecast)
+    elif candidates.prefill.size == len(candidates):
+        costs = of(prefill_only(forecast))
+    else:
+        costs = of(forecast)
+        costs.put(candidates.prefill, of(prefill_only(forecast)))
     return costs if candidates.whole else costs.take(candidates.indices)
 
 
