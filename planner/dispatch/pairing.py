@@ -15,23 +15,12 @@ from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecast
 from planner.dispatch.view import EndpointState
 
-__all__ = ["decode_s", "entries", "pair", "prefill_only", "pull_s", "transfer_s"]
+__all__ = ["decode_s", "pair", "prefill_only", "pull_s", "transfer_s"]
 
 
 def prefill_only(forecast: Forecast) -> Forecast:
     """Return the forecast of a call that stops after its first token."""
     return replace(forecast, output_tokens=1.0)
-
-
-def entries(candidates: Sequence[EndpointState]) -> list[EndpointState]:
-    """Return the candidates a call can be sent to: they serve it whole, or a decoder is up."""
-    models = {state.endpoint.model for state in candidates if state.endpoint.role == "decode"}
-    return [
-        state
-        for state in candidates
-        if state.endpoint.role == "both"
-        or (state.endpoint.role == "prefill" and state.endpoint.model in models)
-    ]
 
 
 def transfer_s(tokens: float, kv_bytes: float, link_gb_s: float, other_gb_s: float) -> float:

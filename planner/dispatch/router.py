@@ -43,7 +43,7 @@ from planner.dispatch.events import (
 )
 from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.learning import CorrectedForecaster, FleetLearner
-from planner.dispatch.pairing import decode_s, entries, pair, prefill_only
+from planner.dispatch.pairing import decode_s, pair, prefill_only
 from planner.dispatch.policies.base import (
     Observing,
     Policy,
@@ -52,7 +52,7 @@ from planner.dispatch.policies.base import (
     Wait,
     cost_of,
 )
-from planner.dispatch.view import Crowd, EndpointState, FleetView, Resident
+from planner.dispatch.view import Candidates, Crowd, EndpointState, FleetView, Resident
 from planner.domain.errors import IllegalEvent
 from planner.domain.fleet import Fleet
 
@@ -273,20 +273,18 @@ class Router:
         self._states[event.call.call_id] = CallState.HELD
         self._held[event.call.call_id] = event
 
-    def _candidates(
-        self, event: CallArrived
-    ) -> tuple[Sequence[EndpointState], Sequence[EndpointState]]:
+    def _candidates(self, event: CallArrived) -> tuple[Candidates, Candidates]:
         """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
         tokens = call.prompt_tokens + (call.max_tokens or 1)  # the least room it needs
         serving = self._view.candidates(call.model, event.exclude, tokens)
-        return serving, entries(serving) if self._pooled else serving
+        return serving, serving.entries if self._pooled else serving
 
     def _place(self, event: CallArrived) -> Command:
         """Send a call, or hold it; it is not among the held ones yet, or no longer."""
         call = event.call
         serving, candidates = self._candidates(event)
-        decoders = [one for one in serving if one.endpoint.role == "decode"] if self._pooled else ()
+        decoders = serving.decoders if self._pooled else ()
         choice = (
             self.policy.choose(
                 Ready(call, candidates, self._view, self.forecaster, event.now_s, decoders)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -232,6 +233,7 @@ class Candidates(tuple[EndpointState, ...]):  # noqa: SLOT001 - a tuple cannot h
     indices: npt.NDArray[np.intp]
     whole: bool
     slots: int
+    _fleet: FleetView
 
     @classmethod
     def of(cls, states: Iterable[EndpointState], fleet: FleetView) -> Candidates:
@@ -245,7 +247,27 @@ class Candidates(tuple[EndpointState, ...]):  # noqa: SLOT001 - a tuple cannot h
         )
         made.whole = made == fleet.states
         made.slots = sum(state.endpoint.max_num_seqs for state in made)
+        made._fleet = fleet
         return made
+
+    @cached_property
+    def decoders(self) -> Candidates:
+        """Those that take over after a prefill elsewhere."""
+        return Candidates.of((one for one in self if one.endpoint.role == "decode"), self._fleet)
+
+    @cached_property
+    def entries(self) -> Candidates:
+        """Those a call can be sent to: they serve it whole, or a decoder of their model is up."""
+        models = {state.endpoint.model for state in self.decoders}
+        return Candidates.of(
+            (
+                state
+                for state in self
+                if state.endpoint.role == "both"
+                or (state.endpoint.role == "prefill" and state.endpoint.model in models)
+            ),
+            self._fleet,
+        )
 
 
 class FleetView:

@@ -32,7 +32,6 @@ import numpy as np
 
 from planner.dispatch.events import Call, CallArrived, Event, RunEnded
 from planner.dispatch.forecast import Forecaster
-from planner.dispatch.pairing import entries
 from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.outlook import Outlook
 from planner.dispatch.policies.placement import Route, Routes, has_room, service_s
@@ -237,10 +236,8 @@ class HexAGenT(QueuedPolicy):
         for call in self._shortlist(held, fleet, forecaster, now_s):
             tokens = call.prompt_tokens + (call.max_tokens or 1)
             serving = fleet.candidates(call.model, tokens=tokens)
-            starts = entries(serving)
-            if not starts:
+            if not serving.entries:
                 continue
-            decoders = [state for state in serving if state.endpoint.role == "decode"]
             run = self.runs.of(call)
             if run.run_id not in horizons:
                 horizons[run.run_id] = self.horizon_s(run, forecaster, fleet)
@@ -249,7 +246,9 @@ class HexAGenT(QueuedPolicy):
                     call,
                     now_s - run.arrival_s,
                     horizons[run.run_id],
-                    self.placement.routes(Ready(call, starts, fleet, forecaster, now_s, decoders)),
+                    self.placement.routes(
+                        Ready(call, serving.entries, fleet, forecaster, now_s, serving.decoders)
+                    ),
                 )
             )
         return _greedy(waiting, fleet.states) if waiting else {}
