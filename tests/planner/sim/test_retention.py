@@ -129,6 +129,35 @@ def test_a_call_that_comes_before_the_copy_is_done_finds_its_kv() -> None:
     assert ttft_s(record) == pytest.approx(0.026)
 
 
+def test_a_pin_is_judged_again_when_another_run_begins_to_wait() -> None:
+    """What was kept while there was room is dropped once a second run waits too."""
+    asked: list[str] = []
+
+    class Second:
+        """Pins whatever comes first; drops it when asked again."""
+
+        def decide(self, idle: Idle) -> Fate:
+            again = idle.call.call_id in asked
+            asked.append(idle.call.call_id)
+            return Fate(action="drop") if again else Fate(action="pin", again=True)
+
+    waiting = run("waiting", call(0, 2, 64), call(1, 2, 80, delay_s=5.0), arrival_s=0.5)
+
+    def record(*runs: RunSpec) -> CallRecord:
+        asked.clear()
+        records = simulate(
+            runs, FLEET, make_policy("least_expected_finish"), Forecaster(EstimateTable()),
+            retention=Second(),
+        )  # fmt: skip
+        return next(
+            one for one in records if isinstance(one, CallRecord) and one.call_id == "session/1"
+        )
+
+    assert record(SESSION).cached_tokens == 160
+    assert record(SESSION, waiting).cached_tokens == 0
+    assert asked == ["session/0", "session/0", "waiting/0"]
+
+
 def test_what_others_share_is_not_dropped() -> None:
     """A prefix that another run has used stays when one of them drops its KV."""
     twin = run("twin", call(0, 1, 80), arrival_s=0.5)
