@@ -69,7 +69,9 @@ class Tuning:
         Multiplier of the opportunity prices, >= 0; 0 leaves the live marginal cost alone.
     remaining_weight
         Seconds of age that a second of a run's expected remainder takes away in engine queues,
-        >= 0; 0 serves the oldest run first, a large weight the one that is soonest over.
+        >= 0; 0 serves the oldest run first, a large weight the one that is soonest over. In
+        simulation one costs nothing where engines have no queues and gains where they have: 1 % of
+        the mean at 0.95 of capacity, 3 % at 1.1, a fifth in a burst.
     tail_weight
         By how much a call of a run that is sure to be among the slowest counts more than one that
         is sure not to be, >= 0. In simulation a half costs the mean nothing; 0 never looks.
@@ -81,7 +83,7 @@ class Tuning:
 
     theta: float = 1.0
     price_scale: float = 0.5
-    remaining_weight: float = 0.0
+    remaining_weight: float = 1.0
     tail_weight: float = 0.5
     plan_pull: float = 0.0
 

@@ -109,7 +109,7 @@ def test_what_an_endpoint_is_worth_to_others_keeps_calls_away(scale: float, chos
 
 def test_of_two_runs_of_an_age_the_one_that_is_sooner_over_goes_first() -> None:
     """Engine priority is the run's arrival in ms plus the weighted remainder; smaller is first."""
-    oldest_first = Planned(table=table({"e0": 0.0, "e1": 0.0}))
+    oldest_first = Planned(table=table({"e0": 0.0, "e1": 0.0}, remaining_weight=0.0))
     assert {oldest_first.choose(ready(f"{name}#0")).priority for name in NAMES} == {5000}
     weighted = Planned(table=table({"e0": 0.0, "e1": 0.0}, remaining_weight=1.0))
     early, late = (weighted.choose(ready(f"{name}#0")).priority for name in NAMES)
