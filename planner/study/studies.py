@@ -128,7 +128,12 @@ def _agentir() -> tuple[tuple[Setting, ...], tuple[Claim, ...]]:
     """Return AgentIR's setting: its published gains, asked of each heterogeneity level."""
     # Its means and throughputs are reciprocal, as only a closed loop makes them.
     fleets = ("h00", "h01", "h02")
-    closed = [Setting(fleet=fleet, load=0.5, arrivals="closed") for fleet in fleets]
+    # How many clients there were is not published: a quarter, a half, and one for each slot.
+    closed = [
+        Setting(fleet=fleet, load=load, arrivals="closed")
+        for fleet in fleets
+        for load in (0.25, 0.5, 1.0)
+    ]
     opened = [Setting(fleet=fleet, load=load) for fleet in fleets for load in (0.7, 0.85)]
     published = (
         ("round_robin", -0.413, 0.705),
@@ -142,7 +147,7 @@ def _agentir() -> tuple[tuple[Setting, ...], tuple[Claim, ...]]:
         for rival, mean, throughput in published:
             against = (Side(setting=setting, policy=rival),)
             source = f"AgentIR: {mean:+.1%} mean, {throughput:+.1%} throughput"
-            name = f"almanac, {setting.fleet}"
+            name = f"almanac, {setting.fleet}, {setting.load:g} clients a slot"
             claims += [
                 Claim(name=name, metric="mean_s", of=of, against=against, high=mean, source=source),
                 Claim(
