@@ -248,6 +248,7 @@ STUDIES: Mapping[str, Study] = {
             settings=(
                 _BASE,
                 Setting(kv="scarce"),
+                Setting(arrivals="burst"),
                 Setting(mix="mapreduce"),
                 Setting(mix="multi_tenant"),
             ),
