@@ -160,21 +160,18 @@ def costs_of(ready: Ready) -> Costs:
 
 def costs_among(candidates: Candidates, ready: Ready, forecast: Forecast) -> Costs:
     """Return the same where the candidates and the forecast are at hand."""
-    call, view = ready.call, ready.fleet
-
-    def of(one: Forecast) -> Costs:
-        return fleet_costs(
-            call.prompt_tokens, call.prefix, call.prefix_tokens, one, view, ready.now_s
-        )
-
-    if not candidates.prefill.size:
-        costs = of(forecast)
-    elif candidates.prefill.size == len(candidates):
-        costs = of(prefill_only(forecast))
-    else:
-        costs = of(forecast)
-        costs.put(candidates.prefill, of(prefill_only(forecast)))
+    only_prefill = 0 < candidates.prefill.size == len(candidates)
+    costs = _costs(ready, prefill_only(forecast) if only_prefill else forecast)
+    if candidates.prefill.size and not only_prefill:
+        costs.put(candidates.prefill, _costs(ready, prefill_only(forecast)))
     return costs if candidates.whole else costs.take(candidates.indices)
+
+
+def _costs(ready: Ready, forecast: Forecast) -> Costs:
+    call = ready.call
+    return fleet_costs(
+        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet, ready.now_s
+    )
 
 
 def least(scores: Sequence[float] | npt.NDArray[np.float64]) -> int:
