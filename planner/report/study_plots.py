@@ -27,15 +27,20 @@ _FAINT = "#bbbbbb"
 
 
 def panels(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """Return the settings that differ in load only, by title; groups of one left out."""
+    """Return the settings that differ in load only, by title; groups without a curve left out.
+
+    A curve takes a policy at two loads. Settings of a fixed rate have no load.
+    """
     groups: dict[str, list[Setting]] = {}
     for one in settings:
         fields = one["setting"]
+        if fields["fixed_rps"] is not None:
+            continue
         title = f"{fields['fleet']}, {fields['mix']}, {fields['kv']} KV, {fields['arrivals']}"
         if fields["forecasts"] != "learned":
             title += f", {fields['forecasts']} forecasts"
         groups.setdefault(title, []).append(one)
-    return {title: group for title, group in groups.items() if len(group) > 1}
+    return {title: group for title, group in groups.items() if _load_curves(group)}
 
 
 def load_plot(groups: Mapping[str, Sequence[Setting]]) -> Figure:
@@ -57,13 +62,14 @@ def load_plot(groups: Mapping[str, Sequence[Setting]]) -> Figure:
             draw_load_curves(axes, {name: panel[name] for name in named if name in panel})
             axes.legend(frameon=False, fontsize=6.5)
             axes.set_title(title)
-            axes.set_xlabel("load (arrival rate / capacity)")
+            closed = groups[title][0]["setting"]["arrivals"] == "closed"
+            axes.set_xlabel(f"load ({'clients / slots' if closed else 'arrival rate / capacity'})")
             axes.set_ylabel("mean run latency (s)")
     return figure
 
 
 def _load_curves(group: Sequence[Setting]) -> dict[str, list[LoadPoint]]:
-    """Return the points of each policy that has any, by load."""
+    """Return the points, by load, of each policy that has two or more."""
     curves: dict[str, list[LoadPoint]] = {}
     for one in sorted(group, key=lambda one: one["setting"]["load"]):
         for policy in one["policies"]:
@@ -71,7 +77,7 @@ def _load_curves(group: Sequence[Setting]) -> dict[str, list[LoadPoint]]:
                 value_s = policy["metrics"]["mean_s"]["mean"]
                 point = LoadPoint(load=one["setting"]["load"], value_s=value_s)
                 curves.setdefault(policy["policy"], []).append(point)
-    return curves
+    return {name: points for name, points in curves.items() if len(points) > 1}
 
 
 def attainment_plot(settings: Sequence[Setting]) -> Figure:

@@ -1,7 +1,8 @@
 """What becomes of a run's KV while its tools run: left to LRU, pinned, offloaded or dropped.
 
 The prefix cache already survives calls; a retention policy interferes with it. It is asked when a
-call has ended and its run goes on, and knows what the answer has revealed, no more.
+call has ended and its run goes on, and knows what the answer has revealed, no more. About a pin it
+may want to be asked again (`Fate.again`).
 
 * ``pin``: the prefix cannot be evicted for ``ttl_s``, or until the run's next call has its own
   first token or goes elsewhere, or the engine would stand still for lack of blocks.
@@ -129,6 +130,7 @@ class Keeper:
             renewed = replace(other, kv_usage=usage, now_s=idle.now_s)
             fate = self._retention.decide(renewed)
             if fate.action != "pin":
+                self.let_go(other.call.run_id, idle.now_s)
                 self._carry_out(fate, renewed, text)
         fate = self._retention.decide(idle)
         self._carry_out(fate, idle, chain)
@@ -137,12 +139,10 @@ class Keeper:
 
     def _carry_out(self, fate: Fate, idle: Idle, chain: tuple[int, ...]) -> None:
         run_id, index, now_s = idle.call.run_id, idle.endpoint, idle.now_s
-        self._open.pop(run_id, None)
         if fate.action == "leave":
             return
         private = [block for block in chain if self._owners.get((index, block)) == run_id]
         if fate.action == "drop":
-            self.let_go(run_id, now_s)
             self._cluster.engine(index).forget(private, now_s)
             return
         self.let_go(run_id, now_s)

@@ -31,9 +31,9 @@ SEARCH = Setting(fleet="h00", mix="tree", load=1.1)
 """Runs that are all alike and fan out: calls of a run come long after its first."""
 ENGINE = Setting(fleet="h00", kv="tight", mix="tool_heavy", arrivals="closed", load=1.2)
 """Endpoints alike, long sessions with long tools, KV for each session once: where a KV manager has
-something to decide. First come first served refills 35 % of its tokens, which is SAGA's regime (22
-to 38 % of the time). A closed loop is loaded from the first second on; open arrivals of a few
-hundred long runs never are."""
+something to decide. Least expected finish refills 29 % of its tokens (study ``regimes``), which is
+SAGA's regime (22 to 38 % of the time). A closed loop is loaded from the first second on; open
+arrivals of a few hundred long runs never are."""
 CALM = replace(ENGINE, load=0.2)
 AMPLE = replace(ENGINE, kv="ample")
 STARVED = replace(ENGINE, kv="scarce", load=1.0)

@@ -48,8 +48,8 @@ SCARCE_BLOCKS = 2_500
 22 to 24 % of all tokens prefilled under marginal cost had been computed on the same endpoint
 before, 23 to 33 % under least expected finish; see `planner.study.measure.refilled_tokens`."""
 TIGHT_BLOCKS = 8_000
-"""The same where long sessions fit once but not twice: closed loop of 1.2 clients a slot, mix
-``tool_heavy``, refills 35 % of its tokens under first come first served."""
+"""The same where long sessions fit once but not twice: a closed loop of 1.2 clients a slot, mix
+``tool_heavy``, refills 29 % of its tokens under least expected finish (study ``regimes``)."""
 _BLOCKS: dict[KV, int] = {"ample": AMPLE_BLOCKS, "tight": TIGHT_BLOCKS, "scarce": SCARCE_BLOCKS}
 POOL_MODEL, POOL_TP = "llama-3.1-70b", 8
 _SHEET = {"A100-80": (312.0, 2.0), "H100": (989.0, 3.35), "H200": (989.0, 4.8)}
