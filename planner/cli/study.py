@@ -41,6 +41,11 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="study folder (default: data/results/DATE_STUDY)")
     parser.add_argument("--seeds", type=int, help="replications (default: the study's)")
+    parser.add_argument(
+        "--more-seeds", type=int, metavar="N",
+        help="further replications of almanac, the baseline and all within 2 %% of the best mean "
+        "or P95 (default: the study's)",
+    )  # fmt: skip
     parser.add_argument("--runs", type=int, help="runs per seed (default: the study's)")
     parser.add_argument(
         "--jobs", type=int, default=2, help="processes to simulate with (default: %(default)s)"
@@ -69,10 +74,11 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from planner.study.grid import run_bounds, run_clairvoyant, run_study
+    from planner.study.contenders import contenders
+    from planner.study.grid import run_bounds, run_clairvoyant, run_more, run_study
     from planner.study.outcome import document, save_document, study_table
 
-    at_least(args, seeds=1, runs=10, jobs=1)
+    at_least(args, seeds=1, more_seeds=0, runs=10, jobs=1)
     study = _study(args)
     if args.list:
         for setting in study.settings:
@@ -82,10 +88,11 @@ def run(args: argparse.Namespace) -> int:
         "data", "results", f"{datetime.now().astimezone():%Y-%m-%d}_{study.name}"
     )
     out_folder(out, "--out")
-    outcomes = run_study(
-        study, out, jobs=args.jobs, data=args.data, resume=args.resume, progress=progress
-    )
-    known = run_clairvoyant(study, out, jobs=args.jobs, data=args.data, progress=progress)
+    how: dict[str, Any] = {"jobs": args.jobs, "data": args.data, "progress": progress}
+    outcomes = run_study(study, out, resume=args.resume, **how)
+    if chosen := contenders(study, outcomes):
+        outcomes = run_more(study, outcomes, chosen, out, resume=args.resume, **how)
+    known = run_clairvoyant(study, out, **how)
     limits = run_bounds(study, out, jobs=args.jobs, data=args.data)
     found = document(study, outcomes, known, limits)
     save_document(found, out / "results.json")
@@ -107,10 +114,13 @@ def _study(args: argparse.Namespace) -> Study:
     if args.policies:
         names = [part.strip().replace("+", ",") for part in args.policies.split(",")]
         study = replace(study, policies=tuple(filter(None, names)), claims=())
+    # What is not said keeps its share, so that a short study is short throughout.
     if args.seeds:
-        study = replace(study, seeds=args.seeds)
+        more = round(study.more_seeds * args.seeds / study.seeds)
+        study = replace(study, seeds=args.seeds, more_seeds=more)
+    if args.more_seeds is not None:
+        study = replace(study, more_seeds=args.more_seeds)
     if args.runs:
-        # Tuning keeps its share, so that a short study is short throughout.
         tuning = max(10, round(study.tuning_runs * args.runs / study.runs))
         study = replace(study, runs=args.runs, tuning_runs=tuning)
     return study

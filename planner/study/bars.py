@@ -12,11 +12,10 @@ from planner.study.entries import parse_entry
 from planner.study.figures import Figures
 from planner.study.grid import Outcome
 from planner.study.settings import Setting
-from planner.study.studies import Study
+from planner.study.studies import OURS, Study
 
-__all__ = ["OURS", "bars_of", "bars_text"]
+__all__ = ["bars_of", "bars_text"]
 
-OURS = "almanac"
 _MOST_SHARE, _MOST_LOSS = 50.0, 3.0
 _HELD = (("mean_s", "mean"), ("p95_s", "P95"))
 

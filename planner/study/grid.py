@@ -50,6 +50,7 @@ __all__ = [
     "chosen_settings",
     "run_bounds",
     "run_clairvoyant",
+    "run_more",
     "run_study",
 ]
 
@@ -192,27 +193,57 @@ def run_study(
             for one in entries
         ]
         runner.pool = pool
-        outcomes = []
         evaluated = [
             (setting, entry, runner.tuned(setting, entry, setup, study) if study.tuned else setup)
             for setting, entry, setup in setups
         ]
-        cells = [
-            _Job(setting=s, setup=setup, seed=seed, runs=study.runs, folder=folder, data=data)
-            for s, _, setup in evaluated
-            for seed in range(study.seeds)
-        ]
-        results = iter(runner.results(cells, "evaluation"))
-        for setting, entry, setup in evaluated:
-            outcomes.append(
-                Outcome(
-                    setting=setting,
-                    entry=entry,
-                    setup=setup,
-                    results={seed: next(results) for seed in range(study.seeds)},
-                )
+        seeds = range(study.seeds)
+        results = iter(runner.evaluated([(s, setup) for s, _, setup in evaluated], seeds, study))
+        return [
+            Outcome(
+                setting=setting,
+                entry=entry,
+                setup=setup,
+                results={seed: next(results) for seed in seeds},
             )
-    return outcomes
+            for setting, entry, setup in evaluated
+        ]
+
+
+def run_more(
+    study: Study,
+    outcomes: Sequence[Outcome],
+    chosen: Sequence[Outcome],
+    folder: Path,
+    *,
+    jobs: int = 2,
+    data: Path | None = None,
+    resume: bool = True,
+    progress: Progress = lambda _: None,
+) -> list[Outcome]:
+    """Run some outcomes on the study's further seeds; return all, in their order.
+
+    Parameters
+    ----------
+    chosen
+        Of ``outcomes``.
+    folder, jobs, data, resume
+        See `run_study`.
+    """
+    seeds = range(study.seeds, study.seeds + study.more_seeds)
+    with Parallel(n_jobs=jobs, return_as="generator_unordered") as pool:
+        runner = _Runner(
+            folder=folder, jobs=jobs, data=data, resume=resume, progress=progress, pool=pool
+        )
+        pairs = [(one.setting, one.setup) for one in chosen]
+        results = iter(runner.evaluated(pairs, seeds, study))
+    grown = {
+        (one.setting, one.policy): replace(
+            one, results={**one.results, **{seed: next(results) for seed in seeds}}
+        )
+        for one in chosen
+    }
+    return [grown.get((one.setting, one.policy), one) for one in outcomes]
 
 
 def run_clairvoyant(
@@ -321,6 +352,20 @@ class _Runner:
             return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
 
         return tune(setup, score, grid=entry.grid)
+
+    def evaluated(
+        self, pairs: Sequence[tuple[Setting, PolicySetup]], seeds: Sequence[int], study: Study
+    ) -> list[CellResult]:
+        """Return the results of setups in their settings, each on all seeds."""
+        cells = [
+            _Job(
+                setting=setting, setup=setup, seed=seed, runs=study.runs,
+                folder=self.folder, data=self.data,
+            )
+            for setting, setup in pairs
+            for seed in seeds
+        ]  # fmt: skip
+        return self.results(cells, "evaluation")
 
     def results(self, cells: Sequence[_Job], what: str) -> list[CellResult]:
         """Return the results of cells, in their order; those on file are read."""

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from planner.report.comparison import Comparison
 from planner.report.terminal import align, comparison_text
 from planner.study.bars import bars_of, bars_text
 from planner.study.clairvoyant import Clairvoyant
-from planner.study.figures import Figures
+from planner.study.figures import Figures, shared_seeds
 from planner.study.grid import CODE_SCHEMA, Outcome
-from planner.study.measure import GOOD_SCALE
+from planner.study.measure import GOOD_SCALE, CellResult
 from planner.study.settings import Setting
 from planner.study.studies import Study
 
@@ -60,7 +60,8 @@ def document(
     Notes
     -----
     Figures are of all seeds' runs together where they are quantiles of runs, and means over the
-    seeds otherwise; ``seeds`` has every seed's own.
+    seeds otherwise; ``seeds`` has every seed's own. Contenders have further seeds: differences are
+    of all that both sides have, ``pairs`` of them, and figures of those that all policies have.
     """
     figures = Figures(outcomes)
     limits = bounds or {}
@@ -72,6 +73,7 @@ def document(
             "policies": list(study.policies),
             "runs": study.runs,
             "seeds": study.seeds,
+            "more_seeds": study.more_seeds,
             "tuning_runs": study.tuning_runs,
             "tuning_seeds": study.tuning_seeds,
             "baseline": study.baseline,
@@ -118,7 +120,7 @@ def _policy(
         "attainment": figures.attainment(one, SCALES),
         "against_baseline": _against(held, one, figures),
         "against_best": _against(others, one, figures),
-        "tenants": _tenants(one),
+        "tenants": _tenants(figures.common(one).values()),
         "seeds": {
             str(seed): {metric: result.value(metric) for metric in METRICS}
             for seed, result in one.results.items()
@@ -147,17 +149,20 @@ def _against(others: Sequence[Outcome], one: Outcome, figures: Figures) -> list[
         if difference is None:
             continue
         comparison = Comparison(
-            metric=metric, baseline=rival.policy, difference=difference, pairs=len(one.results)
+            metric=metric,
+            baseline=rival.policy,
+            difference=difference,
+            pairs=len(shared_seeds(rival, one)),
         )
         found.append({**comparison.to_json(), "text": comparison_text(comparison)})
     return found
 
 
-def _tenants(one: Outcome) -> dict[str, dict[str, float]]:
-    names = sorted({tenant for result in one.results.values() for tenant in result.tenants})
+def _tenants(results: Collection[CellResult]) -> dict[str, dict[str, float]]:
+    names = sorted({tenant for result in results for tenant in result.tenants})
     means: dict[str, dict[str, float]] = {}
     for name in names:
-        rows = [result.tenants[name] for result in one.results.values() if name in result.tenants]
+        rows = [result.tenants[name] for result in results if name in result.tenants]
         means[name] = {
             key: spread([row[key] for row in rows if key in row]).mean
             for key in sorted({key for row in rows for key in row})

@@ -12,7 +12,10 @@ from planner.study.ablation import SIGNALS
 from planner.study.claims import Claim, Side, sides_of
 from planner.study.settings import Setting
 
-__all__ = ["STUDIES", "Study", "make_study"]
+__all__ = ["OURS", "STUDIES", "Study", "make_study"]
+
+OURS = "almanac"
+"""The policy that studies are about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ class Study:
         Whether anything is tuned; else policies have the parameters of their papers.
     runs, seeds
         Runs per seed, warm-up included, and replications.
+    more_seeds
+        Further replications of the best, see `planner.study.contenders`.
     tuning_runs, tuning_seeds
         The same for tuning, on other seeds.
     baseline
@@ -52,6 +57,7 @@ class Study:
     tuned: bool = True
     runs: int = 600
     seeds: int = 10
+    more_seeds: int = 0
     tuning_runs: int = 400
     tuning_seeds: int = 3
     baseline: str = "marginal_cost"
@@ -219,6 +225,7 @@ STUDIES: Mapping[str, Study] = {
             settings=_standard(),
             policies=_ALL,
             runs=360,
+            more_seeds=20,
             tuning_runs=180,
             tuning_seeds=1,
             bounds=True,
@@ -308,6 +315,7 @@ STUDIES: Mapping[str, Study] = {
             ),
             policies=(*_COMPARED, "almanac-tail"),
             runs=500,
+            more_seeds=20,
             tuning_runs=450,
             tuning_seeds=2,
             clairvoyant_steps=100,

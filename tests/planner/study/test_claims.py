@@ -17,6 +17,7 @@ from planner.report.study_page import write_study_page
 from planner.sim.experiment import PolicySetup
 from planner.study.bars import bars_of, bars_text
 from planner.study.claims import Claim, Side
+from planner.study.contenders import contenders
 from planner.study.entries import parse_entry
 from planner.study.figures import Figures
 from planner.study.fleets import make_fleet
@@ -103,6 +104,52 @@ def test_held_against_the_best() -> None:
     assert not mean_worst.holds
     assert p95_wins.value == 50.0
     assert p95_worst.value == pytest.approx(100 * (8.02 / 6.02 - 1), abs=0.1)
+
+
+def _grown(one: Outcome, latencies: list[float]) -> Outcome:
+    """Return an outcome with two more seeds."""
+    more = {seed: result(latencies, seed) for seed in (3, 4)}
+    return replace(one, results={**one.results, **more})
+
+
+def test_contenders() -> None:
+    """Ours, the baseline, and who comes close in mean or P95 of a setting; none without need."""
+    study = replace(STUDY, baseline="plas", more_seeds=2)
+    far = outcome(HERE, "atlas", [5.0, 6.0, 7.0])
+    close = outcome(HERE, "saga", [2.9, 2.9, 3.01])  # P95 3.03 against 3.02
+    found = contenders(study, [*OUTCOMES, far, close])
+    names = [(one.setting.load, one.policy) for one in found]
+    assert names == [
+        (0.5, "plas"), (0.5, "almanac"), (0.5, "saga"), (0.8, "las"), (0.8, "almanac"),
+    ]  # fmt: skip
+    assert contenders(STUDY, OUTCOMES) == []
+
+
+def test_more_seeds_of_some() -> None:
+    """Figures are of the seeds that all have, differences of those that both sides have."""
+    las, plas, ours = OUTCOMES[:3]
+    ours, las = _grown(ours, [1.0, 2.0, 13.0]), _grown(las, [10.0, 10.0, 10.0])
+    figures = Figures([las, plas, ours])
+    assert figures.value(ours, "mean_s") == pytest.approx(2.01)
+    assert figures.value(ours, "p95_s") == pytest.approx(3.02)
+    assert figures.common(ours).keys() == {0, 1, 2}
+    difference = figures.difference(las, ours, "mean_s")
+    assert difference is not None
+    assert difference.mean == pytest.approx((3 * 0.501 + 2 * 0.535) / 5 - 1, abs=1e-3)
+    tail = figures.difference(las, ours, "p95_s")
+    assert tail is not None
+    assert tail.mean == pytest.approx(13.04 / 10.04 - 1)
+    few = figures.difference(plas, ours, "p95_s")
+    assert few is not None
+    assert few.mean == pytest.approx(3.02 / 8.02 - 1)
+    # The best is sought among those with the most seeds.
+    assert figures.least([las, plas], "mean_s") is las
+    page = document(replace(STUDY, settings=(HERE,), claims=()), [las, plas, ours], {})
+    pairs = {
+        policy["policy"]: [one["pairs"] for one in policy["against_best"][:1]]
+        for policy in page["settings"][0]["policies"]
+    }
+    assert pairs == {"las": [5], "plas": [3], "almanac": [5]}
 
 
 def test_bars_as_json() -> None:

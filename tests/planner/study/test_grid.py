@@ -17,7 +17,7 @@ from planner.report.study_page import write_study_page
 from planner.sim.experiment import Cell, PolicySetup, run_cell
 from planner.study import grid
 from planner.study.clairvoyant import critical_path_s, estimate
-from planner.study.grid import chosen_settings, run_clairvoyant, run_study
+from planner.study.grid import chosen_settings, run_clairvoyant, run_more, run_study
 from planner.study.measure import jain_index, measure, refilled_tokens, standalone_s
 from planner.study.outcome import document, save_document, study_table
 from planner.study.settings import Setting, workload
@@ -79,6 +79,17 @@ def test_tuning_uses_other_seeds(tmp_path: Path) -> None:
     assert len(tuning) == 12
     assert list(outcome.results) == [0]
     assert {cell["seed"] for cell in cells} == {0, grid.TUNING_SEED}
+
+
+def test_more_seeds(tmp_path: Path) -> None:
+    """Chosen outcomes get the further seeds, the others stay as they are, in their order."""
+    study = replace(TINY, more_seeds=2)
+    first, second = run_study(study, tmp_path, jobs=1)
+    kept, grown = run_more(study, [first, second], [second], tmp_path, jobs=1)
+    assert kept is first
+    assert list(grown.results) == [0, 1, 2, 3]
+    assert grown.results[0] is second.results[0]
+    assert grown.results[3].value("mean_s") != grown.results[2].value("mean_s")
 
 
 def test_settings_by_pattern() -> None:

@@ -1,0 +1,47 @@
+"""Who is run on further seeds: the policies among which a setting's comparison is decided.
+
+Most policies are far behind after a few seeds, and more of them change nothing. Between the best,
+tails of a few thousand runs differ by less than their noise. So all policies are screened on the
+study's seeds, and those that come close to the best are run on more.
+
+References
+----------
+Nelson, Swann, Goldsman, Song, Simple procedures for selecting the best simulated system when the
+number of alternatives is large, Operations Research 2001: screening before the second stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.study.figures import Figures
+from planner.study.grid import Outcome
+from planner.study.studies import OURS, Study
+
+__all__ = ["CLOSE", "contenders"]
+
+CLOSE = 0.02
+"""Share by which the mean or P95 of one that is run again may lie above the least."""
+_METRICS = ("mean_s", "p95_s")
+
+
+def contenders(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes to decide between, in their order; none if the study has no more seeds.
+
+    Ours, the baseline, and in each setting all whose mean or P95 is close to the least.
+    """
+    if not study.more_seeds:
+        return []
+    figures = Figures(outcomes)
+    always = {OURS, study.baseline}
+    found = []
+    for group in figures.by_setting.values():
+        close = [one for one in group if one.policy in always]
+        for metric in _METRICS:
+            values = [(one, figures.value(one, metric)) for one in group]
+            known = [(one, value) for one, value in values if value is not None]
+            limit = (1.0 + CLOSE) * min((value for _, value in known), default=0.0)
+            close += [one for one, value in known if value <= limit]
+        names = {one.policy for one in close}
+        found += [one for one in group if one.policy in names]
+    return found
