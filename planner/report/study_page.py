@@ -67,7 +67,11 @@ _SHOWN = (("mean_s", "mean"), ("p95_s", "P95"), ("stretch_p95", "Req95"))
 _LEGEND = (
     "<p>Quantiles of runs are over the runs of all seeds together. A run is good if it keeps its "
     "deadline or, without one, takes at most {scale:g} times its time alone. Regret is against a "
-    "bound that no policy beats.</p>\n"
+    "bound that no policy beats.{more}</p>\n"
+)
+_MORE = (
+    " All policies ran on {seeds} seeds, those near the best on {more_seeds} more: these count in "
+    "the differences between them, not in the other figures."
 )
 _FOREST = (("mean_s", "mean run latency"), ("p95_s", "P95 of run latency"))
 
@@ -82,7 +86,10 @@ def write_study_page(document: Mapping[str, Any], out: Path) -> Path:
         _against_best(settings),
         _pictures(settings),
         "<h2>Settings</h2>",
-        _LEGEND.format(scale=document["config"]["good_scale"]),
+        _LEGEND.format(
+            scale=document["config"]["good_scale"],
+            more=_MORE.format(**document["config"]) if document["config"]["more_seeds"] else "",
+        ),
         *(_setting(one) for one in settings),
         "<h2>Threats to validity</h2><ul>",
         *(f"<li>{escape(one)}</li>" for one in document["threats"]),

@@ -51,8 +51,12 @@ class Figures:
         return next(found, None)
 
     def others(self, one: Outcome) -> list[Outcome]:
-        """Return the outcomes of the other policies in the same setting."""
-        return [other for other in self.by_setting[one.setting] if other is not one]
+        """Return the outcomes of the other policies in the same setting.
+
+        Variants of a policy are no competitors of each other, unless there are none else.
+        """
+        group = [other for other in self.by_setting[one.setting] if other is not one]
+        return [other for other in group if other.entry.policy != one.entry.policy] or group
 
     def common(self, one: Outcome) -> dict[int, CellResult]:
         """Return an outcome's results of the seeds that all policies of its setting have."""

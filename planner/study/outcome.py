@@ -109,7 +109,8 @@ def _policy(
     one: Outcome, figures: Figures, baseline: str, limits: Mapping[int, float]
 ) -> dict[str, Any]:
     others = figures.others(one)
-    held = [other for other in others if other.policy == baseline]
+    group = figures.by_setting[one.setting]
+    held = [other for other in group if other.policy == baseline and other is not one]
     return {
         "policy": one.policy,
         "name": one.entry.policy,

@@ -152,6 +152,16 @@ def test_more_seeds_of_some() -> None:
     assert pairs == {"las": [5], "plas": [3], "almanac": [5]}
 
 
+def test_variants_are_no_competitors() -> None:
+    """The best other is another policy; where all are variants of one, any of them."""
+    ours, tail = outcome(HERE, "almanac", [1.0, 2.0]), outcome(HERE, "almanac-tail", [1.0, 1.0])
+    las = outcome(HERE, "las", [3.0, 3.0])
+    figures = Figures([ours, tail, las])
+    assert figures.others(ours) == figures.others(tail) == [las]
+    assert figures.others(las) == [ours, tail]
+    assert Figures([ours, tail]).others(ours) == [tail]
+
+
 def test_bars_as_json() -> None:
     """Bars print as benchmarks do: name, value, unit, bar, holds; JSON knows no infinity."""
     rows = json.loads(
