@@ -22,7 +22,7 @@ House rules
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import TypedDict
 
@@ -256,7 +256,10 @@ class Router:
     def _arrive(self, event: CallArrived) -> list[Command]:
         """Send or hold a new call; where others wait, it takes its place among them."""
         if self._order is None:
-            return [self._place(event)]
+            command = self._place(event.call, event.now_s, *self._candidates(event))
+            if isinstance(command, Hold):
+                self._hold(event)
+            return [command]
         call_id = event.call.call_id
         self._hold(event)
         offered = self._offered(self._order, event.now_s)
@@ -280,33 +283,32 @@ class Router:
         serving = self._view.candidates(call.model, event.exclude, tokens)
         return serving, serving.entries if self._pooled else serving
 
-    def _place(self, event: CallArrived) -> Command:
-        """Send a call, or hold it; it is not among the held ones yet, or no longer."""
-        call = event.call
-        serving, candidates = self._candidates(event)
+    def _place(
+        self, call: Call, now_s: float, serving: Candidates, candidates: Candidates
+    ) -> Command:
+        """Send a call to one of some endpoints, see `_candidates`, or say that it is held."""
         decoders = serving.decoders if self._pooled else ()
         choice = (
             self.policy.choose(
-                Ready(call, candidates, self._view, self.forecaster, event.now_s, decoders)
+                Ready(call, candidates, self._view, self.forecaster, now_s, decoders)
             )
             if candidates
             else Wait("no_endpoint")
         )
         if isinstance(choice, Wait):
-            self._hold(event)
             return Hold(call_id=call.call_id, reason=choice.reason, until_s=choice.until_s)
         state = self._view.states[choice.endpoint]
         forecast = self.forecaster.of(call)
-        cost = choice.cost or cost_of(call, forecast, state, event.now_s)
+        cost = choice.cost or cost_of(call, forecast, state, now_s)
         decode: EndpointState | None = None
-        finish_s = event.now_s + cost.own_s
+        finish_s = now_s + cost.own_s
         if state.endpoint.role == "prefill":
             decode = (
-                pair(call, forecast, state, serving, event.now_s)
+                pair(call, forecast, state, serving, now_s)
                 if choice.decode_endpoint is None
                 else self._view.states[choice.decode_endpoint]
             )
-            finish_s += decode_s(call, forecast, state, decode, event.now_s)
+            finish_s += decode_s(call, forecast, state, decode, now_s)
         command = Send(
             call_id=call.call_id,
             endpoint=choice.endpoint,
@@ -319,7 +321,7 @@ class Router:
             decode_endpoint=None if decode is None else decode.index,
             ranking=choice.ranking if decode is None else None,
         )
-        self._sent = _Sent(call, state, decode, forecast, cost.cached_tokens, event.now_s)
+        self._sent = _Sent(call, state, decode, forecast, cost.cached_tokens, now_s)
         return command
 
     def settle(self) -> None:
@@ -404,11 +406,17 @@ class Router:
         commands: list[Command] = []
         for call in calls:
             held = self._held.get(call.call_id)
-            if held is None or not self._candidates(held)[1]:
+            if held is None:
                 continue
-            del self._held[call.call_id], self._states[call.call_id]
-            command = self._place(replace(held, now_s=now_s))
-            self.settle()  # the order may be a generator that looks at what was sent before
+            serving, candidates = self._candidates(held)
+            if not candidates:
+                continue
+            command = self._place(call, now_s, serving, candidates)
+            del self._held[call.call_id]
+            if isinstance(command, Send):
+                self.settle()  # the order may be a generator that looks at what was sent before
+            else:
+                self._held[call.call_id] = held  # behind those that were not offered
             if (
                 isinstance(command, Send)
                 or command.until_s is not None

@@ -208,7 +208,7 @@ class _ShortestQueue(Placement):
             states[entry].in_flight + (states[decode].in_flight if decode >= 0 else 0)
             for entry, decode in routes.pairs.indices
         ]
-        return self.settle(routes.route(int(np.argmin(queues))), ready)
+        return self.settle(routes, int(np.argmin(queues)), ready)
 
 
 def _by_queue(policy: Policy) -> Policy:

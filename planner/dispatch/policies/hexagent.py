@@ -323,7 +323,7 @@ def _greedy(waiting: Sequence[_Waiting], states: Sequence[EndpointState]) -> dic
         call, chosen = waiting[row].call, names[best[row]]
         plan[call.call_id] = _Entry(rank, chosen[0], None if chosen[1] < 0 else chosen[1])
         ways = waiting[row].ways
-        for state, seconds in ways.route(ways.pairs.indices.index(chosen)).ends:
+        for state, seconds in ways.ends(ways.pairs.indices.index(chosen)):
             added_s = books.add(state, call, seconds)
             if added_s:
                 # Only what meant to go there can change its mind: waits never get shorter.

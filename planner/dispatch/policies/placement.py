@@ -18,18 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from planner.dispatch.cost import Cost, Costs, fleet_costs
+from planner.dispatch.events import Call
 from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
+__all__ = ["Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
 
 _MOST_PAIRS = 256
 """Sets of endpoints whose ways are kept."""
+
+Ends: TypeAlias = tuple[tuple[EndpointState, float], ...]
+"""Endpoints of a way with the slot seconds there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class Route:
     entry: EndpointState
     decode: EndpointState | None
     cost: Cost
-    ends: tuple[tuple[EndpointState, float], ...]
+    ends: Ends
 
 
 class Pairs:
@@ -147,16 +152,20 @@ class Routes:
         self.own_s = self.own_s[pairs.entry] + missing[pairs.decode] * pairs.pull_s
         self.own_s += self._rest.own_s[pairs.decode] * pairs.split
 
+    def ends(self, way: int) -> Ends:
+        """Return the one or two endpoints of a way, with the slot seconds there."""
+        place = self.pairs.entry.item(way)
+        first = self._ready.candidates[place], self._costs.service_s.item(place)
+        if self._rest is None or self.pairs.indices[way][1] < 0:
+            return (first,)
+        other = self.pairs.decode.item(way)
+        return first, (self._ready.decoders[other], self._rest.service_s.item(other))
+
     def route(self, way: int) -> Route:
         """Return one way in full."""
-        place = int(self.pairs.entry[way])
-        state, cost = self._ready.candidates[place], self._costs[place]
-        if self._rest is None or self.pairs.indices[way][1] < 0:
-            return Route(state, None, cost, ((state, cost.service_s),))
-        other = int(self.pairs.decode[way])
-        decode = self._ready.decoders[other]
-        ends = ((state, cost.service_s), (decode, self._rest[other].service_s))
-        return Route(state, decode, cost, ends)
+        ends = self.ends(way)
+        cost = self._costs[self.pairs.entry.item(way)]
+        return Route(ends[0][0], None if len(ends) == 1 else ends[1][0], cost, ends)
 
 
 def service_s(
@@ -213,6 +222,8 @@ class Placement:
 
     def __init__(self) -> None:
         self._pairs: dict[tuple[int, ...], Pairs] = {}
+        # A view offers the same candidates until its fleet changes.
+        self._last: tuple[Sequence[EndpointState], Sequence[EndpointState], Pairs] | None = None
         self._booked_s = np.zeros(1)
         self._closed: set[int] = set()
         self._able: tuple[EndpointState, ...] = ()
@@ -249,6 +260,9 @@ class Placement:
 
     def routes(self, ready: Ready) -> Routes:
         """Return a call's ways through the fleet."""
+        last = self._last
+        if last is not None and last[0] is ready.candidates and last[1] is ready.decoders:
+            return Routes(ready, last[2])
         # By identity: endpoints are as good as constant, and slow to hash.
         key = (
             *[id(state.endpoint) for state in ready.candidates],
@@ -259,6 +273,7 @@ class Placement:
             if len(self._pairs) >= _MOST_PAIRS:
                 self._pairs.clear()
             pairs = self._pairs[key] = Pairs(ready.candidates, ready.decoders)
+        self._last = ready.candidates, ready.decoders, pairs
         return Routes(ready, pairs)
 
     def place(self, ready: Ready) -> Route | None:
@@ -267,29 +282,31 @@ class Placement:
         finish_s = routes.own_s
         if self._closed:
             finish_s = finish_s + self._booked_s[routes.pairs.ends].sum(axis=0)
-        return self.settle(routes.route(int(finish_s.argmin())), ready)
+        return self.settle(routes, int(finish_s.argmin()), ready)
 
-    def settle(self, route: Route, ready: Ready) -> Route | None:
-        """Return a route if all its ends have room, else None, and keep the call's place there."""
+    def settle(self, routes: Routes, way: int, ready: Ready) -> Route | None:
+        """Return a way if all its ends have room, else None, and keep the call's place there."""
         call = ready.call
         answer = ready.forecaster.of(call).output_tokens
-        needs = [
-            call.prompt_tokens + (1.0 if state.endpoint.role == "prefill" else answer)
-            for state, _ in route.ends
-        ]
-        full = [
-            state
-            for (state, _), need in zip(route.ends, needs, strict=True)
-            if not self.admits(state, need)
-        ]
+        ends = routes.ends(way)
+        full = False
+        for state, _ in ends:
+            if not self.admits(state, _need(call, answer, state)):
+                self._closed.add(state.index)
+                full = True
         if not full:
-            return route
-        self._closed.update(state.index for state in full)
-        for (state, seconds), need in zip(route.ends, needs, strict=True):
+            return routes.route(way)
+        for state, seconds in ends:
             # Prefills follow one another; what holds slots shares them, or the KV pool.
             turns = 1.0
             if state.endpoint.role != "prefill":
                 endpoint = state.endpoint
-                turns = max(1.0, min(endpoint.max_num_seqs, endpoint.kv_tokens / need))
+                most = min(endpoint.max_num_seqs, endpoint.kv_tokens / _need(call, answer, state))
+                turns = max(1.0, most)
             self._booked_s[state.index] += seconds / turns
         return None
+
+
+def _need(call: Call, answer_tokens: float, state: EndpointState) -> float:
+    """Return the KV tokens that a call needs on one end of a way."""
+    return call.prompt_tokens + (1.0 if state.endpoint.role == "prefill" else answer_tokens)
