@@ -16,13 +16,12 @@ L. A. Belady, A study of replacement algorithms for a virtual-storage computer, 
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from planner.domain.blocks import BLOCK_TOKENS, Segment, block_hashes
+from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
 from planner.domain.fleet import Fleet
 from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
@@ -88,7 +87,9 @@ def recorded_prompts(
         task = tasks[call.call_id.partition("#")[0]]
         split = call.prefill_endpoint is not None
         answer = 0 if split else task.output_tokens - 1  # the last token's KV is not computed
-        chain = block_hashes((*task.prompt, Segment(task.output_key, answer)))
+        # The chain of a text begins with those of its beginnings.
+        chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
+        chain = chain[: (task.prompt_tokens + answer) // BLOCK_TOKENS]
         where = call.prefill_endpoint or call.endpoint
         prompts.setdefault(where, []).append(
             Prompt(chain, (task.prompt_tokens - 1) // BLOCK_TOKENS)
@@ -153,28 +154,31 @@ def belady_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
     """Return the hits of a cache of ``capacity`` blocks (>= 0) that knows the future."""
     # Each block of a prompt has an instant of its own, so that of two blocks used together next the
     # later in the prompt counts as farther away.
-    upcoming: dict[int, list[float]] = {}
-    step = 0
-    for prompt in prompts:
-        for position, block in enumerate(prompt.blocks):
-            upcoming.setdefault(block, []).append(step + position)
-        step += len(prompt.blocks)
-    for uses in upcoming.values():
-        uses.reverse()
-    held: dict[int, float] = {}  # block -> next use
-    farthest: list[tuple[float, int]] = []
+    next_uses: list[int | None] = []
+    following: dict[int, int] = {}
+    instant = -sum(len(prompt.blocks) for prompt in prompts)
+    for prompt in reversed(prompts):
+        for block in reversed(prompt.blocks):
+            next_uses.append(following.get(block))
+            following[block] = instant
+            instant += 1
+    next_uses.reverse()
+    after = iter(next_uses)
+    held: dict[int, int] = {}  # block -> next use, counted down: the least is the farthest
+    farthest: list[tuple[int, int]] = []
     hits = sought = 0
     for prompt in prompts:
         hits += _leading(prompt, held)
         sought += prompt.sought
-        for block in prompt.blocks:
-            uses = upcoming[block]
-            uses.pop()
-            held[block] = uses[-1] if uses else math.inf
-            heappush(farthest, (-held[block], block))
+        for block, next_use in zip(prompt.blocks, after, strict=False):
+            if next_use is None:
+                held.pop(block, None)  # the first that would go
+            else:
+                held[block] = next_use
+                heappush(farthest, (next_use, block))
         while len(held) > capacity:
             next_use, block = heappop(farthest)
-            if held.get(block) == -next_use:
+            if held.get(block) == next_use:
                 del held[block]
     return CacheHits(hits, sought)
 
