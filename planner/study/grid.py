@@ -372,6 +372,9 @@ class _Runner:
         missing = list(
             {job.key: job for job in cells if not (self.resume and job.file.exists())}.values()
         )
+        # Cells of the same runs follow one another: a worker then makes these, and the block hashes
+        # of their prompts, only once.
+        missing.sort(key=lambda job: (job.setting.name, job.seed))
         started = time.monotonic()
         if missing:
             self.progress(f"{what}: {len(missing)} of {len(cells)} cells to simulate")
