@@ -43,8 +43,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--seeds", type=int, help="replications (default: the study's)")
     parser.add_argument(
         "--more-seeds", type=int, metavar="N",
-        help="further replications of almanac, the baseline and all within 2 %% of the best mean "
-        "or P95 (default: the study's)",
+        help="further replications of almanac, the baseline and the best few within 2 %% of the "
+        "best mean or P95 (default: the study's)",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, help="runs per seed (default: the study's)")
     parser.add_argument(

@@ -22,13 +22,15 @@ __all__ = ["CLOSE", "contenders"]
 
 CLOSE = 0.02
 """Share by which the mean or P95 of one that is run again may lie above the least."""
+MOST = 3
+"""Of these, how many are run again at most for their mean, and for their P95: the best ones."""
 _METRICS = ("mean_s", "p95_s")
 
 
 def contenders(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes to decide between, in their order; none if the study has no more seeds.
 
-    Ours, the baseline, and in each setting all whose mean or P95 is close to the least.
+    Ours, the baseline, and in each setting the best few whose mean or P95 is close to the least.
     """
     if not study.more_seeds:
         return []
@@ -36,12 +38,12 @@ def contenders(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
     always = {OURS, study.baseline}
     found = []
     for group in figures.by_setting.values():
-        close = [one for one in group if one.policy in always]
+        names = set(always)
         for metric in _METRICS:
-            values = [(one, figures.value(one, metric)) for one in group]
-            known = [(one, value) for one, value in values if value is not None]
-            limit = (1.0 + CLOSE) * min((value for _, value in known), default=0.0)
-            close += [one for one, value in known if value <= limit]
-        names = {one.policy for one in close}
+            values = {one.policy: figures.value(one, metric) for one in group}
+            known = sorted((value, name) for name, value in values.items() if value is not None)
+            limit = (1.0 + CLOSE) * known[0][0] if known else 0.0
+            near = [name for value, name in known if value <= limit and name not in always]
+            names.update(near[:MOST])
         found += [one for one in group if one.policy in names]
     return found

@@ -122,6 +122,9 @@ def test_contenders() -> None:
     assert names == [
         (0.5, "plas"), (0.5, "almanac"), (0.5, "saga"), (0.8, "las"), (0.8, "almanac"),
     ]  # fmt: skip
+    alike = [outcome(HERE, name, [1.0, 2.0, 3.0]) for name in ("saga", "plas", "las", "atlas")]
+    few = contenders(replace(study, baseline="llmsched"), [*alike, OUTCOMES[2]])
+    assert [one.policy for one in few] == ["plas", "las", "atlas", "almanac"]
     assert contenders(STUDY, OUTCOMES) == []
 
 
