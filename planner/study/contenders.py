@@ -18,7 +18,7 @@ from planner.study.figures import Figures
 from planner.study.grid import Outcome
 from planner.study.studies import OURS, Study
 
-__all__ = ["CLOSE", "contenders"]
+__all__ = ["CLOSE", "MOST", "contenders"]
 
 CLOSE = 0.02
 """Share by which the mean or P95 of one that is run again may lie above the least."""
