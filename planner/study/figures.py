@@ -79,17 +79,17 @@ class Figures:
         return {**spread(values)._asdict(), "mean": value}
 
     def least(self, outcomes: Sequence[Outcome], metric: str) -> Outcome | None:
-        """Return the outcome of the least figure, of those with the most seeds.
+        """Return the outcome of the least figure; the first by name if some are equal.
 
-        The first by name if some are equal.
+        The best over the common seeds; if it is one of those with the most seeds, the best of
+        these over all of theirs.
         """
+        found = _least([(one, self.value(one, metric)) for one in outcomes])
         most = max((len(one.results) for one in outcomes), default=0)
-        known = [
-            (value, one.policy, one)
-            for one in outcomes
-            if len(one.results) == most and (value := _value(one.results, metric)) is not None
-        ]
-        return min(known, key=lambda pair: pair[:2])[2] if known else None
+        if found is None or len(found.results) < most:
+            return found
+        grown = [one for one in outcomes if len(one.results) == most]
+        return _least([(one, _value(one.results, metric)) for one in grown])
 
     def difference(self, base: Outcome, other: Outcome, metric: str) -> PairedDifference | None:
         """Return by which share ``other`` lies above ``base``, None if either is unknown or 0."""
@@ -136,6 +136,11 @@ class Figures:
 def shared_seeds(one: Outcome, other: Outcome) -> tuple[int, ...]:
     """Return the seeds that both have, increasing."""
     return tuple(sorted(one.results.keys() & other.results.keys()))
+
+
+def _least(values: Sequence[tuple[Outcome, float | None]]) -> Outcome | None:
+    known = [(value, one.policy, one) for one, value in values if value is not None]
+    return min(known, key=lambda item: item[:2])[2] if known else None
 
 
 def _value(results: Mapping[int, CellResult], metric: str) -> float | None:
