@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.dispatch.events import Call
+from planner.dispatch.joins import RunDelay, run_delays
 from planner.domain.estimates import EstimateTable, WorkflowEstimate
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
@@ -48,11 +49,14 @@ class Forecast:
     remaining_s
         Expected time from the call's start to the end of its run, on an endpoint of middling
         speed without waiting; 0 if the workflow is unknown.
+    delay
+        By how much the call makes its run end later, or None if each of its seconds counts.
     """
 
     output_tokens: float
     criticality: float
     remaining_s: float = 0.0
+    delay: RunDelay | None = None
 
 
 class Forecaster:
@@ -80,6 +84,7 @@ class Forecaster:
         self.workflows: dict[str, Workflow] = {}
         self._critical: dict[tuple[str, str], float] = {}
         self._remaining: dict[tuple[str, str], float] = {}
+        self._delays: dict[tuple[str, str], RunDelay] = {}
         self._cache: dict[tuple[str, str], Forecast] = {}
         self._asked: Call | None = None
         self._answer: Forecast
@@ -87,7 +92,7 @@ class Forecaster:
             self.add_workflow(workflow, seed=seed)
 
     def add_workflow(self, workflow: Workflow, *, seed: int = 0) -> None:
-        """Learn a graph's criticalities and what remains after each site."""
+        """Learn a graph's criticalities, what remains after each site, and its joins."""
         key = workflow.content_hash
         self.workflows[key] = workflow
         self._asked = None
@@ -98,6 +103,8 @@ class Forecaster:
             self._cache.pop((key, site), None)
         for site, seconds in remaining_s(runs, _durations).items():
             self._remaining[(key, site)] = seconds
+        for site, delay in run_delays(runs, _durations, seed=seed).items():
+            self._delays[(key, site)] = delay
 
     def of(self, call: Call) -> Forecast:
         """Return the forecast of a call; a declared ``max_tokens`` caps it.
@@ -117,6 +124,7 @@ class Forecaster:
                 output_tokens=max(1.0, self.estimates.site(*key).output_tokens.mean),
                 criticality=self._critical.get(key, 1.0),
                 remaining_s=self._remaining.get(key, 0.0),
+                delay=self._delays.get(key),
             )
             if len(self._cache) >= _SITES:
                 self._cache.clear()
@@ -132,4 +140,5 @@ class Forecaster:
             output_tokens=tokens,
             criticality=forecast.criticality,
             remaining_s=forecast.remaining_s,
+            delay=forecast.delay,
         )

@@ -138,6 +138,7 @@ class CorrectedForecaster(Forecaster):
             output_tokens=tokens,
             criticality=forecast.criticality,
             remaining_s=forecast.remaining_s,
+            delay=forecast.delay,
         )
 
     def observe(self, call: Call, output_tokens: int) -> None:

@@ -71,10 +71,15 @@ class Tuning:
         Seconds of age that a second of a run's expected remainder takes away in engine queues,
         >= 0; 0 serves the oldest run first, a large weight the one that is soonest over. In
         simulation one costs nothing at loads that engines carry, and saves a fifth of the mean
-        latency in a burst (study ``ablation``).
+        latency in a burst (study ``ablation``), so it is not tuned.
     tail_weight
         By how much a call of a run that is sure to be among the slowest counts more than one that
         is sure not to be, >= 0. In simulation a half costs the mean nothing; 0 never looks.
+    join_weight
+        Weight of a second by which a call is expected to make its run later where branches join,
+        >= 0, see `planner.dispatch.joins`; 0 weighs the call's own time by its criticality. The
+        branches of a join are weighed as if none knew of the others, hence less than one, and the
+        less the more the fleet is loaded.
     plan_pull
         Cost, in units of the call's least service time, of an endpoint the plan gives no share;
         for fleets whose plan is to be followed whatever the load. In simulation no weight gained
@@ -85,6 +90,7 @@ class Tuning:
     price_scale: float = 0.5
     remaining_weight: float = 1.0
     tail_weight: float = 0.5
+    join_weight: float = 0.5
     plan_pull: float = 0.0
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
 
 from planner.domain.ids import NodeId, SiteId
 from planner.domain.run import RunSpec
 
 __all__ = [
     "Durations",
+    "allowances_s",
     "completion_s",
     "criticality",
     "expected_completion_s",
@@ -65,6 +67,46 @@ def slacks(run: RunSpec, durations: Sequence[float]) -> list[float]:
     total = max(finish, default=0.0)
     rank = upward_ranks(run, durations)
     return [total - (finish[i] - durations[i]) - rank[i] for i in range(len(finish))]
+
+
+def allowances_s(run: RunSpec, durations: Sequence[float]) -> list[float]:
+    """Return how long each task may take before the run gets longer by it, in seconds.
+
+    By how much the longest chain without the task exceeds the rest of the longest one with it, at
+    least 0: what a task on every chain has. The task's own duration does not count.
+
+    Notes
+    -----
+    Tasks come after their predecessors, so a chain without task t goes from an earlier task to a
+    later one in one edge, or begins after t, or ends before it. A sweep over the tasks keeps the
+    chains of the edges that span the present one by length: O(n log n) for n edges.
+    """
+    finish, rank = finish_times(run, durations), upward_ranks(run, durations)
+    size = len(run.tasks)
+    followed = {pred for task in run.tasks for pred in task.preds}
+    spans: list[list[tuple[float, int]]] = [[] for _ in range(size + 1)]
+
+    def span(first: int, last: int, length_s: float) -> None:
+        spans[first + 1].append((-length_s, last))
+
+    for task in run.tasks:
+        place = task.index
+        for pred in task.preds:
+            span(pred, place, finish[pred] + rank[place])
+        if not task.preds:
+            span(-1, place, rank[place])
+        if place not in followed:
+            span(place, size, finish[place])
+    found = []
+    chains: list[tuple[float, int]] = []
+    for place, duration in enumerate(durations):
+        for entry in spans[place]:
+            heappush(chains, entry)
+        while chains and chains[0][1] <= place:
+            heappop(chains)
+        without = -chains[0][0] if chains else 0.0
+        found.append(max(0.0, without - (finish[place] + rank[place] - 2.0 * duration)))
+    return found
 
 
 def criticality(runs: Sequence[RunSpec], durations: Durations) -> dict[SiteId, float]:

@@ -65,7 +65,7 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
     "almanac": (
         ("theta", (1.0, 0.75, 1.5)),
         ("price_scale", (0.5, 0.0, 0.25, 1.0)),
-        ("remaining_weight", (1.0, 0.0, 0.5, 2.0)),
+        ("join_weight", (0.5, 0.0, 0.35, 0.7)),
         ("tail_weight", (0.5, 0.0, 0.25, 1.0)),
     ),
 }

@@ -14,11 +14,12 @@ branch      the outcomes of a branch are believed to be equally likely
 tool        nothing is known of tools: the prior for all
 prefix      no prompt is believed to be cached anywhere
 externality no delay of others counts, neither of residents nor at the plan's prices
-plan        no prices, no remainder and no tail: marginal cost, tuned over its own grid
+plan        no prices, remainder, tail or joins: marginal cost, tuned over its own grid
 prices      no prices: the delay of others counts alike on all endpoints
 order       engines serve calls as they come
 remainder   engines serve the oldest run first, whatever remains of it
 slow        a run counts the same however slow it is
+joins       each second of a call counts as much as it is likely to be critical
 =========== ================================================================================
 
 And one gains something: ``tail`` has the weight that tables of a CVaR objective give to runs about
@@ -146,7 +147,7 @@ class _Serial(Forecaster):
 
     def of(self, call: Call) -> Forecast:
         """Return the forecast of a call without its place in the graph."""
-        return replace(super().of(call), criticality=1.0, remaining_s=0.0)
+        return replace(super().of(call), criticality=1.0, remaining_s=0.0, delay=None)
 
 
 def _no_structure(known: Forecaster, fleet: Fleet) -> Forecaster:  # noqa: ARG001 - the signature
@@ -234,13 +235,16 @@ VARIANTS: Mapping[str, Mapping[str, Variant]] = {
         "prefix": Variant(change=_without_prefix),
         "externality": Variant(fixed={"theta": 0.0, "price_scale": 0.0}),
         "plan": Variant(
-            fixed={"price_scale": 0.0, "remaining_weight": 0.0, "tail_weight": 0.0},
+            fixed=dict.fromkeys(
+                ("price_scale", "remaining_weight", "tail_weight", "join_weight"), 0.0
+            ),
             grid=GRIDS["marginal_cost"],
         ),
         "prices": Variant(fixed={"price_scale": 0.0}),
         "order": Variant(change=_without_order, fixed={"remaining_weight": 0.0}),
         "remainder": Variant(fixed={"remaining_weight": 0.0}),
         "slow": Variant(fixed={"tail_weight": 0.0}),
+        "joins": Variant(fixed={"join_weight": 0.0}),
         "tail": Variant(fixed={"tail_weight": TAIL_WEIGHT}),
     },
     "hexagent": {"queue": Variant(change=_by_queue)},

@@ -25,7 +25,9 @@ class Planned:
     calls to come, which the plan values at price_i a slot second: the more an endpoint is wanted,
     the less it is disturbed. Greedy rules see the residents only, never who comes next. tail is
     the chance that c's run is about to be among the slowest, see `planner.dispatch.tail`: such
-    calls get the better endpoints.
+    calls get the better endpoints. Where branches join, crit(c) own_i is replaced by the delay of
+    the run that own_i is expected to cause, times join_weight, see `planner.dispatch.joins`; not
+    on prefill pools, where own_i is a part of what the call takes.
 
     Engines that serve by priority take the call whose run is oldest, less an allowance for what
     is expected to remain of it: of two runs of an age, the one that is sooner over goes first.
@@ -71,12 +73,17 @@ class Planned:
         forecast = ready.forecaster.of(call)
         costs = costs_among(candidates, ready, forecast)
         tuning = table.tuning
-        weight = forecast.criticality
+        weight = 1.0
         if tuning.tail_weight:
             chance = self._tail.chance(call, forecast.remaining_s, ready.now_s)
-            weight *= 1.0 + tuning.tail_weight * chance
+            weight += tuning.tail_weight * chance
         whole, indices = candidates.whole, candidates.indices
-        scores = costs.weighted(weight, row.theta if whole else row.theta[indices])
+        theta = row.theta if whole else row.theta[indices]
+        if forecast.delay is None or not tuning.join_weight or candidates.prefill.size:
+            scores = costs.weighted(forecast.criticality * weight, theta)
+        else:
+            scores = costs.imposed_s * theta
+            scores += forecast.delay.of(costs.own_s) * (tuning.join_weight * weight)
         if tuning.plan_pull:
             scores += row.pull_s if whole else row.pull_s[indices]
         position = int(scores.argmin())

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from planner.dispatch.events import Call
-from planner.dispatch.forecast import Forecaster
+from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.joins import RunDelay
 from planner.dispatch.policies.base import Ready
 from planner.dispatch.policies.planned import Planned
 from planner.dispatch.table import DispatchTable, Ranked, Row, Tuning
@@ -114,6 +115,28 @@ def test_of_two_runs_of_an_age_the_one_that_is_sooner_over_goes_first() -> None:
     weighted = Planned(table=table({"e0": 0.0, "e1": 0.0}, remaining_weight=1.0))
     early, late = (weighted.choose(ready(f"{name}#0")).priority for name in NAMES)
     assert early > late > 5000
+
+
+@pytest.mark.parametrize(
+    ("allowance_s", "weight", "chosen"), [(0.0, 1.0, 0), (60.0, 1.0, 1), (60.0, 0.0, 0)]
+)
+def test_a_branch_with_time_to_spare_leaves_the_fast_endpoint_alone(
+    allowance_s: float, weight: float, chosen: int
+) -> None:
+    """Its own time is free until it delays the join; without the weight it is worth as always."""
+    made = states()
+    made[1].remove("r1")
+    made[1].refit(replace(made[1].endpoint, latency=ROW.scaled(3.0)))
+    forecast = Forecast(output_tokens=100.0, criticality=1.0, delay=RunDelay([1.0], [allowance_s]))
+
+    class Branch(Forecaster):
+        def of(self, call: Call) -> Forecast:
+            return forecast
+
+    policy = Planned(table=table({"e0": 0.0, "e1": 0.0}, join_weight=weight))
+    branch = replace(ready(), candidates=made, fleet=FleetView(made))
+    branch.forecaster = Branch(EstimateTable())
+    assert policy.choose(branch).endpoint == chosen
 
 
 def test_a_run_about_to_be_among_the_slowest_gets_the_better_endpoint() -> None:

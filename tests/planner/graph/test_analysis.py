@@ -13,6 +13,7 @@ from planner.domain.blocks import Segment
 from planner.domain.ids import NodeId, RunId, SiteId, WorkflowHash
 from planner.domain.run import RunSpec, Task
 from planner.graph.analysis import (
+    allowances_s,
     completion_s,
     criticality,
     expected_completion_s,
@@ -49,6 +50,7 @@ def test_diamond_by_hand() -> None:
     assert upward_ranks(diamond(), durations) == [7.0, 3.0, 6.0, 1.0]
     assert slacks(diamond(), durations) == [0.0, 3.0, 0.0, 0.0]
     assert completion_s(diamond(), durations) == 7.0
+    assert allowances_s(diamond(), durations) == [0.0, 5.0, 2.0, 0.0]
 
 
 def test_what_remains_is_the_mean_longest_chain_to_the_end() -> None:
@@ -78,6 +80,25 @@ def test_growing_a_task_by_its_slack_leaves_the_run_as_long(seed: int, data: st.
         assert completion_s(run, grown) == pytest.approx(total)
         grown[position] += 1.0
         assert completion_s(run, grown) == pytest.approx(total + 1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_a_task_delays_its_run_by_what_exceeds_its_allowance(
+    seed: int, data: st.DataObject
+) -> None:
+    """Whatever a task takes: the run is longer than with none of it by the excess, exactly."""
+    run = scenarios(research_workflow(), research_estimate(), 1, seed)[0]
+    durations = [
+        data.draw(st.floats(0.01, 10.0), label=f"duration of {task.index}") for task in run.tasks
+    ]
+    for position, allowance in enumerate(allowances_s(run, durations)):
+        without = list(durations)
+        without[position] = 0.0
+        least = completion_s(run, without)
+        for seconds in (0.5 * allowance, allowance, allowance + 3.0):
+            taken = [*durations[:position], seconds, *durations[position + 1 :]]
+            assert completion_s(run, taken) == pytest.approx(least + max(0.0, seconds - allowance))
 
 
 def test_serial_sites_are_always_critical_and_parallel_ones_share() -> None:
