@@ -128,6 +128,21 @@ def test_contenders() -> None:
     assert contenders(STUDY, OUTCOMES) == []
 
 
+def test_the_best_rival_is_a_contender_however_far_behind() -> None:
+    """Almanac halves the mean of all others; saga is best of these, and only astraea is close.
+
+    The tail variant is run too. A variant that is worse than the others is not.
+    """
+    study = replace(STUDY, baseline="plas", more_seeds=2)
+    means = {
+        "almanac": 1.0, "almanac-tail": 1.1, "almanac-speed": 2.3, "saga": 2.0, "astraea": 2.03,
+        "las": 2.1, "plas": 3.0,
+    }  # fmt: skip
+    group = [outcome(HERE, name, [mean]) for name, mean in means.items()]
+    found = [one.policy for one in contenders(study, group)]
+    assert found == ["almanac", "almanac-tail", "saga", "astraea", "plas"]
+
+
 def test_more_seeds_of_some() -> None:
     """Figures are of the seeds that all have, differences of those that both sides have."""
     las, plas, ours = OUTCOMES[:3]
