@@ -10,7 +10,8 @@ House rules
 * Whatever a call was counted for is given back on every way out.
 * A call is held because no endpoint can take it, or because the policy wants it to wait. The
   former are offered again when an endpoint comes up, oldest run first; the latter after each
-  event, in the policy's own order.
+  event, in the policy's own order. If the fleet changes into one where the policy holds none,
+  what it held is offered once more with the next event but an arrival, oldest run first.
 * A decision is answered first and counted afterwards: `decide` leaves the last call it sent to
   `settle`, which comes before anything else that is asked of the router or its view. So nothing
   but a clock can tell `decide` from `handle`, which does both. `crowd` tells of one endpoint
@@ -49,6 +50,7 @@ from planner.dispatch.policies.base import (
     Policy,
     Queueing,
     Ready,
+    Selective,
     Wait,
     cost_of,
 )
@@ -170,8 +172,8 @@ class Router:
         )
         self.learner = FleetLearner(self._view.states) if online else None
         self._observe = policy.observe if isinstance(policy, Observing) else None
-        self._order = policy.order if isinstance(policy, Queueing) else None
-        self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
+        self._order = self._order_here()
+        self._left = False  # whether calls are held that the policy would not hold any more
         self._states: dict[str, CallState] = {}
         self._calls: dict[str, Call] = {}
         self._where: dict[str, EndpointState] = {}
@@ -202,8 +204,19 @@ class Router:
         self.view.states = tuple(states)
         if self.learner is not None:
             self.learner.refit(self.view.states, anew)
-        self._pooled = any(endpoint.role != "both" for endpoint in fleet.endpoints)
+        queued = self._order is not None
+        self._order = self._order_here()
+        self._left = (self._left or queued) and self._order is None
         self.fleet = fleet
+
+    def _order_here(self) -> Order | None:
+        """Return the policy's order, or None where it does not queue."""
+        policy = self.policy
+        if not isinstance(policy, Queueing):
+            return None
+        if isinstance(policy, Selective) and not policy.holds(self._view):
+            return None
+        return policy.order
 
     def handle(self, event: Event) -> list[Command]:
         """Apply one event and return the commands it causes, in order.
@@ -251,6 +264,9 @@ class Router:
             self._observe(event, self._view)
         if self._order is not None and self._held:
             commands = self._release(self._offered(self._order, event.now_s), event.now_s)
+        elif self._left:
+            self._left = False
+            commands += self._release(self._stranded(), event.now_s)
         return commands
 
     def _arrive(self, event: CallArrived) -> list[Command]:
@@ -281,13 +297,13 @@ class Router:
         call = event.call
         tokens = call.prompt_tokens + (call.max_tokens or 1)  # the least room it needs
         serving = self._view.candidates(call.model, event.exclude, tokens)
-        return serving, serving.entries if self._pooled else serving
+        return serving, serving.entries if self._view.pooled else serving
 
     def _place(
         self, call: Call, now_s: float, serving: Candidates, candidates: Candidates
     ) -> Command:
         """Send a call to one of some endpoints, see `_candidates`, or say that it is held."""
-        decoders = serving.decoders if self._pooled else ()
+        decoders = serving.decoders if self._view.pooled else ()
         choice = (
             self.policy.choose(
                 Ready(call, candidates, self._view, self.forecaster, now_s, decoders)

@@ -281,10 +281,13 @@ class FleetView:
         The same as arrays.
     everyone
         The whole fleet as bits, see `matches`.
+    pooled
+        Whether it has prefill and decode pools.
     """
 
     __slots__ = (
         "_candidates", "_forks", "_holders", "_models", "_spreads", "_states", "everyone", "loads",
+        "pooled",
     )  # fmt: skip
 
     def __init__(self, states: Sequence[EndpointState]) -> None:
@@ -305,6 +308,7 @@ class FleetView:
         self._holders: Holders = {}
         self._forks: dict[int, int] = {}
         self.everyone = (1 << len(states)) - 1
+        self.pooled = any(state.endpoint.role != "both" for state in states)
         self.loads = Loads(states)
         for state in states:
             state.join(self, self._holders)

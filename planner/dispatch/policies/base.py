@@ -1,9 +1,10 @@
 """The one question a policy answers: which endpoint, at what priority, or wait.
 
-Two more methods are optional. A policy with ``observe`` is told every event after the router has
+Three more methods are optional. A policy with ``observe`` is told every event after the router has
 applied it. A policy with ``order`` may answer `Wait`: the router then keeps the call, and after
 each event offers held calls again, in the order and the selection that ``order`` returns. Such a
-policy sees to it that nothing waits for ever.
+policy sees to it that nothing waits for ever. If it has ``holds`` too, it may wait only in fleets
+of which that is true.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "Policy",
     "Queueing",
     "Ready",
+    "Selective",
     "Wait",
     "age_priority",
     "cost_of",
@@ -142,6 +144,15 @@ class Queueing(Protocol):
 
         The answer is read as the calls are offered, so a generator may stop when room is gone.
         """
+        ...
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A queueing policy that keeps calls waiting in some fleets only."""
+
+    def holds(self, fleet: FleetView) -> bool:
+        """Return whether calls may wait in a fleet; asked at first and when it has changed."""
         ...
 
 

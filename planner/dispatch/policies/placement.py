@@ -11,7 +11,8 @@ behind it honest within the same pass over the queue:
 
 There is room if a slot is free and the KV pool holds the call's prompt and expected answer beside
 what its residents will need; an idle endpoint always has room. Prefixes shared between residents
-are counted once for each of them.
+are counted once for each of them. A policy may give each endpoint more than it can run, so that
+what comes next is at hand when a slot gets free.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.dispatch.cost import Cost, Costs, fleet_costs
 from planner.dispatch.events import Call
@@ -152,6 +154,12 @@ class Routes:
         self.own_s = self.own_s[pairs.entry] + missing[pairs.decode] * pairs.pull_s
         self.own_s += self._rest.own_s[pairs.decode] * pairs.split
 
+    @property
+    def imposed_s(self) -> npt.NDArray[np.float64]:
+        """Delay imposed on the residents of the endpoint that each way enters; shape (ways,)."""
+        imposed_s: npt.NDArray[np.float64] = self._costs.imposed_s[self.pairs.entry]
+        return imposed_s
+
     def ends(self, way: int) -> Ends:
         """Return the one or two endpoints of a way, with the slot seconds there."""
         place = self.pairs.entry.item(way)
@@ -207,20 +215,30 @@ def service_s(
     return min(whole, default=0.0)
 
 
-def has_room(state: EndpointState, tokens: float = 0.0) -> bool:
-    """Return whether an endpoint can take a call that needs ``tokens`` of KV at once."""
+def has_room(state: EndpointState, tokens: float = 0.0, depth: float = 1.0) -> bool:
+    """Return whether an endpoint can take a call that needs ``tokens`` of KV at once.
+
+    ``depth`` says how many times what it can run it may have.
+    """
     if state.in_flight == 0:
         return True
     endpoint = state.endpoint
-    if state.in_flight >= endpoint.max_num_seqs:
+    if state.in_flight >= depth * endpoint.max_num_seqs:
         return False
-    return state.context_tokens + tokens < endpoint.kv_tokens
+    return state.context_tokens + tokens < depth * endpoint.kv_tokens
 
 
 class Placement:
-    """Earliest expected finish over all routes, with room kept for those that wait."""
+    """Earliest expected finish over all routes, with room kept for those that wait.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    depth
+        How many times what it can run an endpoint may have, >= 1.
+    """
+
+    def __init__(self, *, depth: float = 1.0) -> None:
+        self._depth = depth
         self._pairs: dict[tuple[int, ...], Pairs] = {}
         # A view offers the same candidates until its fleet changes.
         self._last: tuple[Sequence[EndpointState], Sequence[EndpointState], Pairs] | None = None
@@ -256,7 +274,7 @@ class Placement:
 
     def admits(self, state: EndpointState, tokens: float = 0.0) -> bool:
         """Return whether a call may be sent to an endpoint in this pass."""
-        return state.index not in self._closed and has_room(state, tokens)
+        return state.index not in self._closed and has_room(state, tokens, self._depth)
 
     def routes(self, ready: Ready) -> Routes:
         """Return a call's ways through the fleet."""
@@ -279,10 +297,14 @@ class Placement:
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
         routes = self.routes(ready)
-        finish_s = routes.own_s
-        if self._closed:
-            finish_s = finish_s + self._booked_s[routes.pairs.ends].sum(axis=0)
-        return self.settle(routes, int(finish_s.argmin()), ready)
+        return self.settle(routes, int(self.finish_s(routes).argmin()), ready)
+
+    def finish_s(self, routes: Routes) -> npt.NDArray[np.float64]:
+        """Return the seconds from now to the finish on each way, behind those that wait for it."""
+        if not self._closed:
+            return routes.own_s
+        waits_s: npt.NDArray[np.float64] = self._booked_s[routes.pairs.ends].sum(axis=0)
+        return routes.own_s + waits_s
 
     def settle(self, routes: Routes, way: int, ready: Ready) -> Route | None:
         """Return a way if all its ends have room, else None, and keep the call's place there."""

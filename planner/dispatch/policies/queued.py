@@ -33,7 +33,7 @@ from planner.dispatch.policies.progress import Ended, Runs
 from planner.dispatch.policies.response import first_to_last
 from planner.dispatch.view import FleetView
 
-__all__ = ["QueuedPolicy"]
+__all__ = ["Queue", "QueuedPolicy"]
 
 _CHANGES = (
     CallArrived, CallCancelled, CallFailed, CallFinished, EndpointUp, PrefillFinished, Tick,
@@ -41,48 +41,32 @@ _CHANGES = (
 """Events that bring work or room; after others an offer would be answered as the last one was."""
 
 
-class QueuedPolicy(ABC):
-    """Calls wait in the router in the order of `key`.
+class Queue(ABC):
+    """Calls wait in the order of `key`, and are offered while there is room.
+
+    Parameters
+    ----------
+    placement
+        Says where there is room.
 
     Attributes
     ----------
-    runs
-        What has been seen of the runs under way.
     forecaster
         Comes with the first offer; before it, nothing is ranked that would need it.
     """
 
-    name = "queued"
-
-    def __init__(self) -> None:
-        self.runs = Runs()
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
         self.forecaster: Forecaster | None = None
-        self.placement = Placement()
-        self.fleet: FleetView | None = None
         self._changed = False
-
-    # -- what a policy of this kind says --------------------------------------------------------
 
     @abstractmethod
     def key(self, call: Call, now_s: float) -> Any:
         """Return what waiting calls are sorted by, smallest first; ties by their names."""
 
-    def ended(self, ended: Ended, now_s: float) -> None:  # noqa: B027 - most orders need nothing
-        """Take note of a call that has ended well."""
-
-    def place(self, ready: Ready) -> Route | None:
-        """Return where a call goes now, or None if it waits."""
-        return self.placement.place(ready)
-
-    # -- the router's side ----------------------------------------------------------------------
-
-    def observe(self, event: Event, fleet: FleetView) -> None:
-        """Follow the runs."""
-        self.fleet = fleet
+    def note(self, event: Event) -> None:
+        """Note whether an event brings work or room."""
         self._changed = self._changed or isinstance(event, _CHANGES)
-        ended = self.runs.observe(event)
-        if ended is not None:
-            self.ended(ended, event.now_s)
 
     def order(self, held: Sequence[Call], fleet: FleetView, now_s: float) -> Iterable[Call]:
         """Yield the waiting calls, most urgent first, while anything has room."""
@@ -107,6 +91,42 @@ class QueuedPolicy(ABC):
             yield call
             if not self.placement.open(fleet):
                 return
+
+
+class QueuedPolicy(Queue):
+    """A policy that is such a queue in every fleet.
+
+    Attributes
+    ----------
+    runs
+        What has been seen of the runs under way.
+    """
+
+    name = "queued"
+
+    def __init__(self) -> None:
+        super().__init__(Placement())
+        self.runs = Runs()
+        self.fleet: FleetView | None = None
+
+    # -- what a policy of this kind says, besides its key ---------------------------------------
+
+    def ended(self, ended: Ended, now_s: float) -> None:
+        """Take note of a call that has ended well; most orders need nothing."""
+
+    def place(self, ready: Ready) -> Route | None:
+        """Return where a call goes now, or None if it waits."""
+        return self.placement.place(ready)
+
+    # -- the router's side ----------------------------------------------------------------------
+
+    def observe(self, event: Event, fleet: FleetView) -> None:
+        """Follow the runs."""
+        self.fleet = fleet
+        self.note(event)
+        ended = self.runs.observe(event)
+        if ended is not None:
+            self.ended(ended, event.now_s)
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now."""
