@@ -31,7 +31,7 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from planner.dispatch.forecast import Forecaster
-from planner.dispatch.table import DispatchTable, load_table, save_table
+from planner.dispatch.table import DispatchTable, Tuning, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.run import RunSpec
@@ -512,7 +512,8 @@ def _table(setting: Setting, entry: Entry, folder: Path) -> DispatchTable:
     key = _hash([CODE_SCHEMA, world.fleet.content_hash(), mix.fingerprint, estimates.version])
     file = folder / "tables" / f"{key}.json"
     if file.exists():
-        return load_table(file)
+        # Plans keep; the weights that are not tuned are those of today's code.
+        return replace(load_table(file), tuning=Tuning())
     rate_rps = capacity_rps(world.fleet, mix)
     table = mix_table(
         [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from planner.cli.main import main
+from planner.dispatch.table import Tuning, save_table
 from planner.domain.blocks import Segment
 from planner.domain.ids import NodeId, RunId, SiteId, WorkflowHash
 from planner.domain.run import RunSpec, Task
@@ -17,6 +18,7 @@ from planner.report.study_page import write_study_page
 from planner.sim.experiment import Cell, PolicySetup, run_cell
 from planner.study import grid
 from planner.study.clairvoyant import critical_path_s, estimate
+from planner.study.entries import parse_entry
 from planner.study.grid import chosen_settings, run_clairvoyant, run_more, run_study
 from planner.study.measure import jain_index, measure, refilled_tokens, standalone_s
 from planner.study.outcome import document, save_document, study_table
@@ -79,6 +81,15 @@ def test_tuning_uses_other_seeds(tmp_path: Path) -> None:
     assert len(tuning) == 12
     assert list(outcome.results) == [0]
     assert {cell["seed"] for cell in cells} == {0, grid.TUNING_SEED}
+
+
+def test_kept_tables_have_the_weights_of_the_code(tmp_path: Path) -> None:
+    """A table that an earlier version wrote is used with today's defaults."""
+    entry = parse_entry("almanac")
+    table = grid._table(TINY.settings[0], entry, tmp_path)
+    (file,) = (tmp_path / "tables").glob("*.json")
+    save_table(replace(table, tuning=Tuning(remaining_weight=0.0, tail_weight=9.0)), file)
+    assert grid._table(TINY.settings[0], entry, tmp_path) == table
 
 
 def test_more_seeds(tmp_path: Path) -> None:
