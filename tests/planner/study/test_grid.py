@@ -89,7 +89,7 @@ def test_kept_tables_have_the_weights_of_the_code(tmp_path: Path) -> None:
     table = grid._table(TINY.settings[0], entry, tmp_path)
     (file,) = (tmp_path / "tables").glob("*.json")
     save_table(replace(table, tuning=Tuning(remaining_weight=0.0, tail_weight=9.0)), file)
-    assert grid._table(TINY.settings[0], entry, tmp_path) == table
+    assert grid._table(TINY.settings[0], entry, tmp_path).tuning == table.tuning == Tuning()
 
 
 def test_more_seeds(tmp_path: Path) -> None:
