@@ -75,7 +75,8 @@ class Tuning:
         and lose 1 % of P95. Not tuned.
     tail_weight
         By how much a call of a run that is sure to be among the slowest counts more than one that
-        is sure not to be, >= 0. In simulation a half costs the mean nothing; 0 never looks.
+        is sure not to be, >= 0. In simulation a half costs the mean nothing and saves 2 % of P95
+        against 0, which never looks and is not tried in tuning.
     join_weight
         Weight of a second by which a call is expected to make its run later where branches join,
         >= 0, see `planner.dispatch.joins`; 0 weighs the call's own time by its criticality. The

@@ -66,7 +66,7 @@ GRIDS: Mapping[str, tuple[tuple[str, tuple[float, ...]], ...]] = {
         ("theta", (1.0, 0.75, 1.5)),
         ("price_scale", (0.5, 0.0, 0.25, 1.0)),
         ("join_weight", (0.5, 0.0, 0.35, 0.7)),
-        ("tail_weight", (0.5, 0.0, 0.25, 1.0)),
+        ("tail_weight", (0.5, 0.35, 0.75, 1.0)),
     ),
 }
 """Parameters in the order they are tuned, each with its values, the starting value first. Every
