@@ -277,7 +277,7 @@ def test_engines_of_a_pool_serve_in_the_order_of_the_router() -> None:
 
     Both calls of run a go at once, the longer one first, and alike.
     """
-    made = router("prefill", "decode")
+    made = router("prefill", "decode", remaining_weight=1.0)
     sent(made, arrival("x"), finished("x"), EndpointDown(endpoint=1, now_s=1.0))
     sent(made, arrival("a1", "late", "a"), arrival("a2", "early", "a"))
     commands = made.handle(EndpointUp(endpoint=1, now_s=2.0))
