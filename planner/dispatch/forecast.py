@@ -50,7 +50,8 @@ class Forecast:
         Expected time from the call's start to the end of its run, on an endpoint of middling
         speed without waiting; 0 if the workflow is unknown.
     delay
-        By how much the call makes its run end later, or None if each of its seconds counts.
+        By how much the call makes its run end later, by what it takes, or None if each of its
+        seconds counts.
     """
 
     output_tokens: float

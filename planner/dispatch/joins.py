@@ -33,7 +33,7 @@ _FAR = 1e6
 _DRAWS = 8
 """Speeds that each scenario is tried with."""
 _TASKS = 40_000
-"""Tasks in all that are looked at; beyond, fewer speeds do: it takes a third of a second."""
+"""Tasks looked at in all: beyond, each scenario is tried with fewer speeds, but at least one."""
 _SPEED_SD = 1.0
 """Standard deviation of the logarithm of how the others' times spread over endpoints and waits."""
 
@@ -60,7 +60,7 @@ class RunDelay:
         self._delays_s: Floats = np.append(delays, beyond)
 
     def of(self, times_s: Floats) -> Floats:
-        """Return the delays, s, if the call is expected to take so many seconds; same shape."""
+        """Return the delays, s, for expected times of the call, s, >= 0; same shape."""
         delays: Floats = np.interp(times_s, self._times_s, self._delays_s)
         return delays
 
@@ -75,7 +75,7 @@ def run_delays(
     runs
         Scenarios of one workflow.
     durations
-        What their tasks take on an endpoint of middling speed.
+        What their tasks take on an endpoint of middling speed, s.
     seed
         Of the speeds that the other calls meet.
     """

@@ -69,19 +69,19 @@ class Tuning:
         Multiplier of the opportunity prices, >= 0; 0 leaves the live marginal cost alone.
     remaining_weight
         Seconds of age that a second of a run's expected remainder takes away in engine queues,
-        >= 0; 0 serves the oldest run first, a large weight the one that is soonest over. In
-        simulation any weight but 0 saves a fifth of the mean latency in a burst (study
-        ``ablation``); at high load with scarce KV 1 and 0.5 save 0.3 % more of the mean than 0.25,
-        and lose 1 % of P95. Not tuned.
+        >= 0; 0 serves the oldest run first, a large weight the one that is soonest over. Of runs
+        that arrive together any weight but 0 makes the same order (variant ``remainder`` of study
+        ``ablation``); where calls queue all the time more weight helps the mean and hurts P95.
+        Not tuned.
     tail_weight
         By how much a call of a run that is sure to be among the slowest counts more than one that
-        is sure not to be, >= 0. In simulation a half costs the mean nothing and saves 2 % of P95
-        against 0, which never looks and is not tried in tuning.
+        is sure not to be, >= 0; 0 never looks (variant ``slow`` of study ``ablation``), and is
+        not tried in tuning.
     join_weight
         Weight of a second by which a call is expected to make its run later where branches join,
         >= 0, see `planner.dispatch.joins`; 0 weighs the call's own time by its criticality. The
-        branches of a join are weighed as if none knew of the others, hence less than one, and the
-        less the more the fleet is loaded.
+        branches of a join are weighed as if none knew of the others, hence less than one (variant
+        ``joins`` of study ``ablation``).
     plan_pull
         Cost, in units of the call's least service time, of an endpoint the plan gives no share;
         for fleets whose plan is to be followed whatever the load. In simulation no weight gained

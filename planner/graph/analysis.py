@@ -72,8 +72,8 @@ def slacks(run: RunSpec, durations: Sequence[float]) -> list[float]:
 def allowances_s(run: RunSpec, durations: Sequence[float]) -> list[float]:
     """Return how long each task may take before the run gets longer by it, in seconds.
 
-    By how much the longest chain without the task exceeds the rest of the longest one with it, at
-    least 0: what a task on every chain has. The task's own duration does not count.
+    By how much the longest chain without the task exceeds the rest of the longest one with it, or
+    0 if it does not, as for a task on every chain. The task's own duration does not count.
 
     Notes
     -----
