@@ -340,8 +340,8 @@ class _Runner:
         def score(candidates: Sequence[PolicySetup]) -> list[float]:
             cells = [
                 _Job(
-                    setting=setting, setup=one, seed=TUNING_SEED + k, runs=study.tuning_runs,
-                    folder=self.folder, data=self.data,
+                    setting=setting, setup=one, seed=TUNING_SEED + k,
+                    runs=study.tuning_runs_in(setting), folder=self.folder, data=self.data,
                 )
                 for one in candidates
                 for k in range(study.tuning_seeds)

@@ -38,7 +38,7 @@ class Study:
     more_seeds
         Further replications of the best, see `planner.study.contenders`.
     tuning_runs, tuning_seeds
-        The same for tuning, on other seeds.
+        The same for tuning, on other seeds; see `tuning_runs_in`.
     baseline
         The policy that the others are held against, besides the best of the others.
     bounds
@@ -69,6 +69,10 @@ class Study:
         """Return the policies of a setting: those of the grid, and those that claims need."""
         wanted = [side.policy for side in sides_of(self.claims) if side.setting == setting]
         return tuple(dict.fromkeys((*self.policies, *wanted)))
+
+    def tuning_runs_in(self, setting: Setting) -> int:
+        """Return the runs of a tuning seed: a burst of fewer runs would be another burst."""
+        return self.runs if setting.arrivals == "burst" else self.tuning_runs
 
 
 _COMPARED = (
