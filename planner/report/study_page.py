@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from planner import __version__
 from planner.domain.files import atomic_write
+from planner.metrics import spread
 from planner.report.drawing import to_png
 from planner.report.study_plots import OURS, attainment_plot, forest_plot, load_plot, panels
 
@@ -251,8 +253,10 @@ def _clairvoyant(rows: Sequence[Mapping[str, float]]) -> str:
     def mean(key: str) -> float:
         return sum(row[key] for row in rows) / len(rows)
 
+    error = spread([row["gap"] for row in rows]).sd / math.sqrt(len(rows))
     return (
         f"<p>Clairvoyant local search, {len(rows)} seeds: marginal cost {mean('learned_s'):.2f} s, "
         f"with exact lengths {mean('exact_s'):.2f} s, best placement found {mean('found_s'):.2f} s "
-        f"(saves {mean('gap'):.1%} at least), critical path {mean('bound_s'):.2f} s.</p>\n"
+        f"(saves {mean('gap'):.1%} at least, standard error {error:.1%}), critical path "
+        f"{mean('bound_s'):.2f} s.</p>\n"
     )

@@ -8,6 +8,7 @@ from typing import Any
 from planner.metrics import PairedDifference
 from planner.report.terminal import align
 from planner.study.claims import Bar, Claim
+from planner.study.clairvoyant import Clairvoyant
 from planner.study.entries import parse_entry
 from planner.study.figures import Figures
 from planner.study.grid import Outcome
@@ -18,14 +19,27 @@ __all__ = ["bars_of", "bars_text"]
 
 _MOST_SHARE, _MOST_LOSS = 50.0, 3.0
 _HELD = (("mean_s", "mean"), ("p95_s", "P95"))
+_GAP, _LEAST_CLOSED = 0.05, 1 / 3
+"""Where clairvoyance saves more than the one, ours is to save at least this share of it."""
+
+Clairvoyants = Mapping[Setting, Sequence[Clairvoyant]]
 
 
-def bars_of(study: Study, figures: Figures) -> list[Bar]:
-    """Return the bars whose figures are there: a study may have been cut to a few settings."""
+def bars_of(study: Study, figures: Figures, clairvoyants: Clairvoyants) -> list[Bar]:
+    """Return the bars whose figures are there: a study may have been cut to a few settings.
+
+    Parameters
+    ----------
+    clairvoyants
+        Estimates by setting, one per seed; may lack settings.
+    """
     claimed = [_judged(claim, figures) for claim in study.claims]
     # Variants of ours and what a claim brings along are no competitors.
     rivals = {one.label for one in map(parse_entry, study.policies) if one.policy != OURS}
     held = _held(rivals, figures) if rivals else []
+    if study.most_loss is not None:
+        held += _held_to_baseline(study.baseline, study.most_loss, figures)
+    held += _closed(study.baseline, figures, clairvoyants)
     return [*held, *(bar for bar in claimed if bar is not None)]
 
 
@@ -90,6 +104,56 @@ def _held(rivals: set[str], figures: Figures) -> list[Bar]:
             ),
         ]
     return bars
+
+
+def _held_to_baseline(baseline: str, most_loss: float, figures: Figures) -> list[Bar]:
+    """Return how far almanac lies above the baseline where it does so most."""
+    bars = []
+    for metric, name in _HELD:
+        found = [
+            (difference.mean, setting, difference)
+            for setting in figures.by_setting
+            if (difference := _difference(setting, baseline, metric, figures)) is not None
+        ]
+        if found:
+            _, setting, worst = max(found, key=lambda one: one[0])
+            bars.append(
+                Bar(
+                    name=f"almanac's {name} against {baseline}, worst setting ({setting.name})",
+                    value=100.0 * worst.mean,
+                    unit="%",
+                    high=100.0 * most_loss,
+                    interval=(100.0 * worst.low, 100.0 * worst.high),
+                )
+            )
+    return bars
+
+
+def _closed(baseline: str, figures: Figures, clairvoyants: Clairvoyants) -> list[Bar]:
+    """Return how much of what clairvoyance saves almanac saves, wherever that is much."""
+    bars = []
+    for setting, estimates in clairvoyants.items():
+        gap = sum(one.gap for one in estimates) / len(estimates)
+        difference = _difference(setting, baseline, "mean_s", figures)
+        if gap > _GAP and difference is not None:
+            bars.append(
+                Bar(
+                    name=f"share of the clairvoyant gap of {gap:.1%} that almanac closes, "
+                    f"{setting.name}",
+                    value=-100.0 * difference.mean / gap,
+                    unit="%",
+                    low=100.0 * _LEAST_CLOSED,
+                    interval=(-100.0 * difference.high / gap, -100.0 * difference.low / gap),
+                )
+            )
+    return bars
+
+
+def _difference(
+    setting: Setting, baseline: str, metric: str, figures: Figures
+) -> PairedDifference | None:
+    held, ours = figures.find(setting, baseline), figures.find(setting, OURS)
+    return None if held is None or ours is None else figures.difference(held, ours, metric)
 
 
 def bars_text(bars: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -89,7 +90,7 @@ def document(
             "python": platform.python_version(),
         },
         "threats": list(study.threats),
-        "bars": [bar.to_json() for bar in bars_of(study, figures)],
+        "bars": [bar.to_json() for bar in bars_of(study, figures, clairvoyants)],
         "settings": [
             {
                 "name": setting.name,
@@ -244,10 +245,11 @@ def _clairvoyance(found: Iterable[Mapping[str, float]]) -> str:
     def mean(key: str) -> float:
         return spread([row[key] for row in rows]).mean
 
+    error = spread([row["gap"] for row in rows]).sd / math.sqrt(len(rows))
     return (
         f"\nclairvoyant, {len(rows)} seeds: marginal_cost {mean('learned_s'):.2f} s, with exact "
         f"lengths {mean('exact_s'):.2f} s, best found {mean('found_s'):.2f} s (gap "
-        f"{mean('gap'):.1%}), critical path {mean('bound_s'):.2f} s"
+        f"{mean('gap'):.1%}, standard error {error:.1%}), critical path {mean('bound_s'):.2f} s"
     )
 
 

@@ -41,6 +41,8 @@ class Study:
         The same for tuning, on other seeds; see `tuning_runs_in`.
     baseline
         The policy that the others are held against, besides the best of the others.
+    most_loss
+        Share by which mean and P95 of ours may lie above the baseline's, or None for no such bar.
     bounds
         Whether means are held against the mean that no policy beats.
     clairvoyant_steps
@@ -61,6 +63,7 @@ class Study:
     tuning_runs: int = 400
     tuning_seeds: int = 3
     baseline: str = "marginal_cost"
+    most_loss: float | None = None
     bounds: bool = False
     clairvoyant_steps: int = 0
     threats: tuple[str, ...] = ()
@@ -322,6 +325,7 @@ STUDIES: Mapping[str, Study] = {
             more_seeds=20,
             tuning_runs=450,
             tuning_seeds=2,
+            most_loss=0.01,
             clairvoyant_steps=100,
             threats=_THREATS,
         ),

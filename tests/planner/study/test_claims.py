@@ -17,6 +17,7 @@ from planner.report.study_page import write_study_page
 from planner.sim.experiment import PolicySetup
 from planner.study.bars import bars_of, bars_text
 from planner.study.claims import Claim, Side
+from planner.study.clairvoyant import Clairvoyant
 from planner.study.contenders import contenders
 from planner.study.entries import parse_entry
 from planner.study.figures import Figures
@@ -85,7 +86,7 @@ STUDY = Study(
 
 def test_claims_are_judged() -> None:
     """Each is held against the best it names; what was not simulated is left out."""
-    bars = {bar.name.partition(" (")[0]: bar for bar in bars_of(STUDY, Figures(OUTCOMES))}
+    bars = {bar.name.partition(" (")[0]: bar for bar in bars_of(STUDY, Figures(OUTCOMES), {})}
     # Means are 2.01 against 4.01 (both others have it; the first by name) and 6.01.
     assert bars["ours"].value == pytest.approx(100 * (2.01 / 4.01 - 1), abs=0.1)
     assert bars["ours"].holds
@@ -97,13 +98,33 @@ def test_claims_are_judged() -> None:
 
 def test_held_against_the_best() -> None:
     """Wins are counted over settings, and the worst setting shows."""
-    bars = bars_of(STUDY, Figures(OUTCOMES))
+    bars = bars_of(STUDY, Figures(OUTCOMES), {})
     mean_wins, mean_worst, p95_wins, p95_worst = bars[:4]
     assert (mean_wins.value, mean_wins.holds) == (50.0, True)
     assert mean_worst.value == pytest.approx(100 * (6.01 / 4.01 - 1), abs=0.1)
     assert not mean_worst.holds
     assert p95_wins.value == 50.0
     assert p95_worst.value == pytest.approx(100 * (8.02 / 6.02 - 1), abs=0.1)
+
+
+def test_held_against_the_baseline() -> None:
+    """The worst setting shows, and how much of a large clairvoyant gap is closed; small ones not.
+
+    Ours is 2.01 against 4.01 here and 6.01 against 4.01 there.
+    """
+    study = replace(STUDY, claims=(), most_loss=0.01)
+    wide = Clairvoyant(learned_s=10.0, exact_s=4.0, found_s=4.0, bound_s=1.0)
+    none = replace(wide, found_s=10.0)
+    bars = bars_of(study, Figures(OUTCOMES), {HERE: [wide, none], THERE: [none, none]})
+    mean, p95, closed = bars[4:]
+    assert mean.value == pytest.approx(100 * (6.01 / 4.01 - 1), abs=0.1)
+    assert (mean.high, mean.holds) == (1.0, False)
+    assert THERE.name in mean.name
+    assert p95.value == pytest.approx(100 * (8.02 / 6.02 - 1), abs=0.1)
+    # Half of the runs' time is saved, of a gap of 30 %.
+    assert closed.value == pytest.approx(50.0 / 0.3, abs=1.0)
+    assert closed.holds
+    assert HERE.name in closed.name
 
 
 def _grown(one: Outcome, latencies: list[float]) -> Outcome:
@@ -187,7 +208,9 @@ def test_variants_are_no_competitors() -> None:
 def test_bars_as_json() -> None:
     """Bars print as benchmarks do: name, value, unit, bar, holds; JSON knows no infinity."""
     rows = json.loads(
-        json.dumps([bar.to_json() for bar in bars_of(STUDY, Figures(OUTCOMES))], allow_nan=False)
+        json.dumps(
+            [bar.to_json() for bar in bars_of(STUDY, Figures(OUTCOMES), {})], allow_nan=False
+        )
     )
     assert all({"name", "value", "unit", "bar", "holds"} <= set(row) for row in rows)
     assert "5 of 8 hold" in bars_text(rows)

@@ -83,6 +83,25 @@ def test_tuning_uses_other_seeds(tmp_path: Path) -> None:
     assert {cell["seed"] for cell in cells} == {0, grid.TUNING_SEED}
 
 
+def test_bursts_are_tuned_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tuning has fewer runs than the study, but not in a burst, whose length is their number."""
+    burst = replace(TINY.settings[0], arrivals="burst")
+    study = replace(TINY, settings=(*TINY.settings, burst), policies=("marginal_cost",), seeds=1,
+                    tuning_seeds=1, tuning_runs=20)  # fmt: skip
+    sizes: dict[tuple[str, bool], int] = {}
+    simulate = grid._simulate
+
+    def noted(job: grid._Job) -> str:
+        sizes[job.setting.arrivals, job.seed >= grid.TUNING_SEED] = job.runs
+        return simulate(job)
+
+    monkeypatch.setattr(grid, "_simulate", noted)
+    run_study(study, tmp_path, jobs=1)
+    assert sizes == {
+        ("poisson", True): 20, ("poisson", False): 40, ("burst", True): 40, ("burst", False): 40,
+    }  # fmt: skip
+
+
 def test_kept_tables_have_the_weights_of_the_code(tmp_path: Path) -> None:
     """A table that an earlier version wrote is used with today's defaults."""
     entry = parse_entry("almanac")
