@@ -7,9 +7,9 @@ module only says what to run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,13 +30,18 @@ __all__ = [
     "GRIDS",
     "Cell",
     "PolicySetup",
+    "Tuner",
     "World",
     "mean_latency_s",
     "run_cell",
     "run_latencies_s",
     "tune",
+    "tuner",
     "tuning_score_s",
 ]
+
+Tuner: TypeAlias = Generator[list["PolicySetup"], Sequence[float], "PolicySetup"]
+"""Yields the setups to be scored next, takes their scores, and returns the best setup."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +187,6 @@ def tune(
     setup: PolicySetup,
     score: Callable[[Sequence[PolicySetup]], Sequence[float]],
     progress: Callable[[str], Any] | None = None,
-    *,
-    grid: Sequence[tuple[str, Sequence[float]]] | None = None,
 ) -> PolicySetup:
     """Return the setup with its parameters tuned one after the other.
 
@@ -194,6 +197,29 @@ def tune(
     score
         Returns what is to be least of each setup on the tuning runs, the same for all of them;
         see `tuning_score_s`.
+    """
+    rounds = tuner(setup, progress)
+    try:
+        candidates = next(rounds)
+        while True:
+            candidates = rounds.send(score(candidates))
+    except StopIteration as end:
+        best: PolicySetup = end.value
+        return best
+
+
+def tuner(
+    setup: PolicySetup,
+    progress: Callable[[str], Any] | None = None,
+    *,
+    grid: Sequence[tuple[str, Sequence[float]]] | None = None,
+) -> Tuner:
+    """Tune as `tune` does, but let the caller score, so that many can be tuned side by side.
+
+    Parameters
+    ----------
+    setup
+        Policy to tune; one without a grid is returned as it is, nothing yielded.
     grid
         Parameters with their values, the starting value first; the policy's own unless given.
         A table of a tail objective keeps its weight of the tail.
@@ -210,7 +236,8 @@ def tune(
         # The value already held was scored in the round before.
         fresh = values if math.isinf(best_score) else values[1:]
         candidates = [best.with_parameters({name: value}) for value in fresh]
-        for candidate, value, result in zip(candidates, fresh, score(candidates), strict=True):
+        scores = yield candidates
+        for candidate, value, result in zip(candidates, fresh, scores, strict=True):
             if progress:
                 progress(f"{setup.policy}: {name}={value:g} -> {result:.3f} s")
             if result < best_score - 1e-9:

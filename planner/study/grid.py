@@ -19,6 +19,7 @@ from __future__ import annotations
 import fnmatch
 import gc
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from planner.dispatch.table import DispatchTable, Tuning, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
 from planner.domain.run import RunSpec
-from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tune, tuning_score_s
+from planner.sim.experiment import Cell, PolicySetup, World, run_cell, tuner, tuning_score_s
 from planner.study.ablation import VARIANTS, VariedSetup
 from planner.study.clairvoyant import Clairvoyant, estimate
 from planner.study.entries import Entry, parse_entry
@@ -194,10 +195,7 @@ def run_study(
             for one in entries
         ]
         runner.pool = pool
-        evaluated = [
-            (setting, entry, runner.tuned(setting, entry, setup, study) if study.tuned else setup)
-            for setting, entry, setup in setups
-        ]
+        evaluated = runner.tuned(setups, study) if study.tuned else setups
         seeds = range(study.seeds)
         results = iter(runner.evaluated([(s, setup) for s, _, setup in evaluated], seeds, study))
         return [
@@ -336,23 +334,49 @@ class _Runner:
     pool: Parallel | None = None
 
     def tuned(
-        self, setting: Setting, entry: Entry, setup: PolicySetup, study: Study
-    ) -> PolicySetup:
-        def score(candidates: Sequence[PolicySetup]) -> list[float]:
+        self, setups: Sequence[tuple[Setting, Entry, PolicySetup]], study: Study
+    ) -> list[tuple[Setting, Entry, PolicySetup]]:
+        """Return the setups with their parameters tuned.
+
+        All go through their parameters side by side: one alone would leave processes idle at the
+        end of each parameter, and have the runs made again for each policy.
+        """
+        best = [setup for _, _, setup in setups]
+        tuners = {
+            place: tuner(setup, grid=entry.grid) for place, (_, entry, setup) in enumerate(setups)
+        }
+        scores: dict[int, Any] = dict.fromkeys(tuners)
+        for number in itertools.count(1):
+            asked: dict[int, list[PolicySetup]] = {}
+            for place, one in list(tuners.items()):
+                try:
+                    asked[place] = one.send(scores[place])
+                except StopIteration as end:
+                    best[place] = end.value
+                    del tuners[place]
+            if not asked:
+                break
             cells = [
                 _Job(
-                    setting=setting, setup=one, seed=TUNING_SEED + k,
-                    runs=study.tuning_runs_in(setting), folder=self.folder, data=self.data,
+                    setting=setups[place][0], setup=setup, seed=TUNING_SEED + k,
+                    runs=study.tuning_runs_in(setups[place][0]), folder=self.folder, data=self.data,
                 )
-                for one in candidates
+                for place, candidates in asked.items()
+                for setup in candidates
                 for k in range(study.tuning_seeds)
             ]  # fmt: skip
-            results = self.results(cells, f"tuning {entry.label} in {setting.name}")
-            scores = [tuning_score_s(result.metrics.latencies_s) for result in results]
-            size = study.tuning_seeds
-            return [sum(scores[i * size : (i + 1) * size]) / size for i in range(len(candidates))]
+            results = iter(self.results(cells, f"tuning, parameter {number}"))
+            scores = {
+                place: [self._score_s(results, study.tuning_seeds) for _ in candidates]
+                for place, candidates in asked.items()
+            }
+        return [(*known[:2], setup) for known, setup in zip(setups, best, strict=True)]
 
-        return tune(setup, score, grid=entry.grid)
+    @staticmethod
+    def _score_s(results: Iterator[CellResult], seeds: int) -> float:
+        """Return the mean score of the next results, one for each seed."""
+        found = itertools.islice(results, seeds)
+        return sum(tuning_score_s(one.metrics.latencies_s) for one in found) / seeds
 
     def evaluated(
         self, pairs: Sequence[tuple[Setting, PolicySetup]], seeds: Sequence[int], study: Study
