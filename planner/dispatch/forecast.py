@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from planner.dispatch.events import Call
 from planner.dispatch.joins import RunDelay, run_delays
-from planner.domain.estimates import EstimateTable, WorkflowEstimate
+from planner.domain.estimates import EstimateTable, Quantiles, WorkflowEstimate
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import criticality, remaining_s
@@ -23,6 +23,9 @@ _SITES = 4096
 """Call sites whose forecasts are kept; clients name them, so their number is bounded."""
 _SCENARIOS = 64
 """Sampled runs behind a criticality: a standard error of at most 0.06."""
+_LEAST_LEFT, _MOST_LEFT = 0.1, 1.5
+"""Limits of what an overdue call has left, of its forecast: no forecast is exact, and quantiles
+say little of the far tail."""
 _OUTPUT_TOKEN_S = 0.02
 _PROMPT_TOKEN_S = 0.0001
 """Seconds per token that compare calls with tools when the critical path is looked for: an
@@ -52,12 +55,15 @@ class Forecast:
     delay
         By how much the call makes its run end later, by what it takes, or None if each of its
         seconds counts.
+    least_left
+        What calls as long as expected have left on average, as a share of that length, > 0.
     """
 
     output_tokens: float
     criticality: float
     remaining_s: float = 0.0
     delay: RunDelay | None = None
+    least_left: float = 0.25
 
 
 class Forecaster:
@@ -121,11 +127,13 @@ class Forecaster:
         key = (call.workflow_hash, call.site)
         forecast = self._cache.get(key)
         if forecast is None:
+            length = self.estimates.site(*key).output_tokens
             forecast = Forecast(
-                output_tokens=max(1.0, self.estimates.site(*key).output_tokens.mean),
+                output_tokens=max(1.0, length.mean),
                 criticality=self._critical.get(key, 1.0),
                 remaining_s=self._remaining.get(key, 0.0),
                 delay=self._delays.get(key),
+                least_left=_least_left(length),
             )
             if len(self._cache) >= _SITES:
                 self._cache.clear()
@@ -142,4 +150,10 @@ class Forecaster:
             criticality=forecast.criticality,
             remaining_s=forecast.remaining_s,
             delay=forecast.delay,
+            least_left=forecast.least_left,
         )
+
+
+def _least_left(length: Quantiles) -> float:
+    mean = max(1.0, length.mean)
+    return min(max(length.given(mean).mean / mean - 1.0, _LEAST_LEFT), _MOST_LEFT)

@@ -139,6 +139,7 @@ class CorrectedForecaster(Forecaster):
             criticality=forecast.criticality,
             remaining_s=forecast.remaining_s,
             delay=forecast.delay,
+            least_left=forecast.least_left,
         )
 
     def observe(self, call: Call, output_tokens: int) -> None:

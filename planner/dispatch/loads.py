@@ -13,7 +13,13 @@ interval than x.
 
 ``left_j`` falls while a resident decodes. It is brought up to date for all residents together, at
 the first token of a call that comes `SWEEP_S` seconds after the last time, or in a decision when
-none has come for twice as long; in between it stands still.
+none has come for twice as long; in between it stands still. Lengths are heavy-tailed, so overdue
+calls go on: a quarter of its forecast is always left of a call.
+
+With prefill and decode pools, a decode endpoint is taken for the finish there alone, so the wait
+for its slots has to be right. There a slot is taken to be kept for at least as long as overdue
+calls of its site do on average. In other fleets that is no gain: waits come closer to what they
+turn out to be, but rules that also count the delay imposed on others do better with the short ones.
 
 Writers are scalar and go through `array.array` (a tenth of the time of writing a numpy element);
 readers see the same memory as numpy arrays.
@@ -42,8 +48,7 @@ Floats = npt.NDArray[np.float64]
 
 SWEEP_S = 0.1
 _LEAST_LEFT = 0.25
-"""Share of its forecast that a call has always left: lengths are heavy-tailed, and overdue calls
-go on."""
+"""Share of its forecast that a call has always left."""
 _GRID = np.sqrt(2.0) ** np.arange(44)
 """Lengths at which F is kept, tokens: 1 to 2.9 million."""
 _KNOTS = len(_GRID)
@@ -152,6 +157,8 @@ class Loads:
     ----------
     states
         In fleet order, with ``index`` their place in it; residents they have are counted.
+    pooled
+        Whether there are prefill and decode pools.
 
     Attributes
     ----------
@@ -178,8 +185,9 @@ class Loads:
         waits for a slot meets half of what remains of the others.
     """
 
-    def __init__(self, states: Sequence[EndpointState]) -> None:
+    def __init__(self, states: Sequence[EndpointState], *, pooled: bool = False) -> None:
         size = len(states)
+        self._pooled = pooled
         self._states = tuple(states)
         self._cells = array("d", bytes(8 * ROWS * size))
         self._queue, self._room, self._pace, self._weights = (
@@ -206,7 +214,8 @@ class Loads:
         self._slots = np.array([state.endpoint.max_num_seqs for state in states])
         # Residents by (endpoint, place); empty places hold zeros.
         self._residents: list[list[Resident]] = [[] for _ in states]
-        self._output, self._since, self._weight, self._left = np.zeros((4, size, _WIDTH))
+        self._columns: tuple[Floats, ...] = ()
+        self._make_room(_WIDTH)
         self._due_s = -math.inf
         self._asked = False
         for state in states:
@@ -219,15 +228,16 @@ class Loads:
         index, there = state.index, self._residents[state.index]
         place = len(there)
         if place == self._left.shape[1]:
-            wider = np.zeros((4, len(self._states), 2 * place))
-            wider[:, :, :place] = self._output, self._since, self._weight, self._left
-            self._output, self._since, self._weight, self._left = wider
+            self._make_room(2 * place)
         there.append(resident)
         resident.place = place
         first_s = resident.first_token_s
         self._output[index, place] = self._left[index, place] = resident.output_tokens
         self._since[index, place] = math.inf if first_s is None else first_s
         self._weight[index, place] = resident.criticality
+        if self._pooled:
+            self._stay[index, place] = resident.output_tokens
+            self._least[index, place] = resident.least_left * resident.output_tokens
         if resident.criticality:
             self._delay[index] += _share(resident.output_tokens, resident.criticality)
 
@@ -249,10 +259,21 @@ class Loads:
         if last is not resident:
             there[place] = last
             last.place = place
-            for values in (self._output, self._since, self._weight, self._left):
+            for values in self._columns:
                 values[index, place] = values[index, end]
-        for values in (self._output, self._since, self._weight, self._left):
+        for values in self._columns:
             values[index, end] = 0.0
+
+    def _make_room(self, places: int) -> None:
+        """Keep so many residents of each endpoint."""
+        known = self._columns
+        columns = tuple(np.zeros((6 if self._pooled else 4, len(self._states), places)))
+        for column, values in zip(columns, known, strict=False):
+            column[:, : values.shape[1]] = values
+        self._columns = columns
+        self._output, self._since, self._weight, self._left = columns[:4]
+        # How long a slot is kept: without pools what is left.
+        self._stay, self._least = columns[4:] or (self._left, self._left)
 
     def update(self, state: EndpointState) -> None:
         """Derive an endpoint's coefficients from its counters and its latency row."""
@@ -334,10 +355,10 @@ class Loads:
         full turn of the slots, each further turn costs a mean remainder.
         """
         calls = state.in_flight
-        left = self._left[state.index, :calls]
+        stay = self._stay[state.index, :calls]
         turns, place = divmod(calls - slots, slots)
-        steps = float(np.sort(left)[place])
-        return steps + turns * float(left.sum()) / calls if turns else steps
+        steps = float(np.sort(stay)[place])
+        return steps + turns * float(stay.sum()) / calls if turns else steps
 
     def delay_tokens(self, state: EndpointState, tokens: float) -> float:
         """Return F(``tokens``) of one endpoint: steps shared with its residents, weighted."""
@@ -362,10 +383,12 @@ class Loads:
         np.maximum(left, 0.0, out=left)
         left *= self._tokens_per_s[:, None]
         np.subtract(output, left, out=left)
+        if self._pooled:
+            np.maximum(left, self._least[:, :width], out=self._stay[:, :width])
         np.maximum(left, _LEAST_LEFT * output, out=left)
         self._left[:, :width] = left
         self._resum(left, self._weight[:, :width])
-        self._returns(np.flatnonzero(self.in_flight >= self._slots), left)
+        self._returns(np.flatnonzero(self.in_flight >= self._slots), self._stay[:, :width])
 
     def _resum(self, left: Floats, weight: Floats) -> None:
         """Make F anew: those shorter than x count with their length, the others with x."""
@@ -383,7 +406,7 @@ class Loads:
         self._delay = shorter + _GRID * longer
         self.imposed[:] = self._delay.T
 
-    def _returns(self, full: npt.NDArray[np.intp], left: Floats) -> None:
+    def _returns(self, full: npt.NDArray[np.intp], stay: Floats) -> None:
         """Make anew what depends on the residents of endpoints with no free slot."""
         if not full.size:
             return
@@ -391,8 +414,8 @@ class Loads:
         calls, slots = self.in_flight[full], self._slots[full]
         turns, places = np.divmod(calls - slots, slots)
         # Empty places are zeros and sort to the front.
-        ordered = np.sort(left[full], axis=1)
-        steps = ordered[np.arange(full.size), places + left.shape[1] - calls]
+        ordered = np.sort(stay[full], axis=1)
+        steps = ordered[np.arange(full.size), places + stay.shape[1] - calls]
         steps += turns * ordered.sum(axis=1) / calls
         table = self.coefficients
         table[TURN_STEP, full] = steps * table[STEP, full]

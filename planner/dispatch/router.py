@@ -137,6 +137,7 @@ def _resident(sent: _Sent, forecast: Forecast, uncached: float) -> Resident:
         output_tokens=forecast.output_tokens,
         criticality=forecast.criticality,
         sent_s=sent.now_s,
+        least_left=forecast.least_left,
     )
 
 

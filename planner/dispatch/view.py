@@ -38,6 +38,8 @@ class Resident:
         Predicted output length (mean).
     criticality
         Probability of being on its run's critical path, [0, 1].
+    least_left
+        See `planner.dispatch.forecast.Forecast`.
     place
         Its place among the endpoint's residents; kept by `Loads`.
     """
@@ -50,6 +52,7 @@ class Resident:
     criticality: float
     sent_s: float
     first_token_s: float | None = None
+    least_left: float = 0.25
     place: int = -1
 
 
@@ -309,7 +312,7 @@ class FleetView:
         self._forks: dict[int, int] = {}
         self.everyone = (1 << len(states)) - 1
         self.pooled = any(state.endpoint.role != "both" for state in states)
-        self.loads = Loads(states)
+        self.loads = Loads(states, pooled=self.pooled)
         for state in states:
             state.join(self, self._holders)
 

@@ -1,12 +1,23 @@
 """Costs of all endpoints in one pass, against the scalar form they replaced."""
 
+import math
+from dataclasses import replace
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
 from planner.dispatch.cost import call_cost, fleet_costs
 from planner.dispatch.events import Call
-from planner.dispatch.forecast import Forecast
+from planner.dispatch.forecast import Forecast, Forecaster
 from planner.dispatch.view import EndpointState, FleetView, Resident
+from planner.domain.estimates import (
+    LEVELS,
+    EstimateTable,
+    Quantiles,
+    SiteEstimate,
+    WorkflowEstimate,
+)
 from planner.domain.fleet import Endpoint
 from planner.domain.ids import EndpointId
 from planner.domain.latency import LatencyRow
@@ -138,6 +149,62 @@ def test_what_remains_falls_with_time() -> None:
     assert delays[0] == pytest.approx(400.0)
     assert delays == sorted(delays, reverse=True)
     assert delays[-1] == delays[-2] == pytest.approx(100.0, rel=0.09)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_how_long_an_overdue_call_keeps_its_slot(pooled: bool) -> None:
+    """A quarter of its forecast, or with pools what its site has left; never-ending either way."""
+    row = LatencyRow(
+        prefill_base_ms=10.0, prefill_us_per_token=50.0, prefill_ns_per_token_sq=1.0,
+        decode_base_ms=10.0, decode_us_per_call=0.0, decode_ns_per_kv_token=0.0,
+    )  # fmt: skip
+    endpoint = Endpoint(
+        id=EndpointId("e"), model="m", gpu="G", latency=row, kv_blocks=3000, max_num_seqs=1,
+        role="decode" if pooled else "both",
+    )  # fmt: skip
+    state = EndpointState(0, endpoint, row)
+    view = FleetView([state])
+    state.add(
+        Resident(
+            call_id="r",
+            run_id="r",
+            prompt_tokens=100,
+            uncached_tokens=0.0,
+            output_tokens=400.0,
+            criticality=1.0,
+            sent_s=0.0,
+            least_left=0.8,
+        )
+    )
+    state.first_token("r", 0.0)
+    waits = {}
+    for now_s in (0.0, 1.0, 1000.0):
+        forecast, costs = pass_of(call(), view, 100.0, now_s=now_s)
+        waits[now_s] = costs.own_s[0] - costs.service_s[0]
+        alone = call_cost(call().prompt_tokens, (), 1.0, forecast, state, now_s, prefilled=True)
+        assert alone.own_s - alone.service_s == pytest.approx(waits[now_s])
+    assert waits[0.0] == pytest.approx(4.0)
+    assert waits[1.0] == pytest.approx(3.2 if pooled else 3.0)
+    assert waits[1000.0] == pytest.approx(3.2 if pooled else 1.0)
+
+
+def test_what_a_site_has_left_comes_from_its_quantiles() -> None:
+    """Lognormal lengths go on for long; forecasts that are sure still leave a tenth."""
+    sigma, levels = 0.7, np.array(LEVELS)
+    values = np.exp(sigma * np.array([NormalDist().inv_cdf(level) for level in levels]))
+    heavy = Quantiles(values=tuple(100.0 * values), mean=100.0 * math.exp(sigma**2 / 2))
+    sites = {
+        name: SiteEstimate(output_tokens=length, prompt_tokens=length)
+        for name, length in (("heavy", heavy), ("sure", Quantiles.constant(100.0)))
+    }
+    table = EstimateTable(workflows={"w": WorkflowEstimate(sites=sites)})
+    forecaster = Forecaster(table)
+
+    def least_left(site: str) -> float:
+        return forecaster.of(replace(call(), workflow_hash="w", site=site)).least_left
+
+    assert least_left("heavy") == pytest.approx(0.75, abs=0.1)
+    assert least_left("sure") == 0.1
 
 
 def test_counts_do_not_drift() -> None:
