@@ -27,6 +27,7 @@ step times: `planner.domain.latency`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,7 @@ class Cost:
     own_s
         From now to the call's finish.
     imposed_s
-        Sum over residents of criticality x delay.
+        Sum over residents of criticality x delay; nan where nobody asked for it.
     cached_tokens
         Prompt tokens expected in the cache.
     service_s
@@ -72,7 +73,7 @@ class Costs(Sequence[Cost]):
     Parameters
     ----------
     own_s, imposed_s, service_s, cached_tokens
-        As in `Cost`; each of shape (endpoints,).
+        As in `Cost`; each of shape (endpoints,), ``imposed_s`` (0,) where nobody asked for it.
     """
 
     __slots__ = ("cached_tokens", "imposed_s", "own_s", "service_s")
@@ -98,7 +99,7 @@ class Costs(Sequence[Cost]):
     def __getitem__(self, place: int) -> Cost:  # type: ignore[override]
         return Cost(
             self.own_s.item(place),
-            self.imposed_s.item(place),
+            self.imposed_s.item(place) if self.imposed_s.size else math.nan,
             int(self.cached_tokens.item(place)),
             self.service_s.item(place),
         )
@@ -109,13 +110,15 @@ class Costs(Sequence[Cost]):
     def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
         """Take over the costs of the same endpoints at some places."""
         for name in self.__slots__:
-            getattr(self, name)[places] = getattr(other, name)[places]
+            values = getattr(self, name)
+            if values.size:
+                values[places] = getattr(other, name)[places]
 
     def take(self, places: npt.NDArray[np.intp]) -> Costs:
         """Return the costs at some places, in their order."""
         return Costs(
             self.own_s[places],
-            self.imposed_s[places],
+            self.imposed_s[places] if self.imposed_s.size else self.imposed_s,
             self.service_s[places],
             self.cached_tokens[places],
         )
@@ -192,6 +195,7 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
 
 _FEW = 6
 """Endpoints that are treated one by one rather than as an array."""
+_NOT_ASKED: Floats = np.empty(0)
 
 
 def fleet_costs(
@@ -203,10 +207,12 @@ def fleet_costs(
     now_s: float,
     *,
     prefilled: bool = False,
+    imposed: bool = True,
 ) -> Costs:
     """Return the costs of a call on all endpoints of a fleet, in fleet order.
 
-    The same as `call_cost` for each, ``prefilled`` too, in a handful of array operations.
+    The same as `call_cost` for each, ``prefilled`` too, in a handful of array operations. Without
+    ``imposed`` the delay imposed on others, a fifth of the work, is left out.
     """
     loads = view.loads
     loads.advance(now_s)
@@ -240,14 +246,18 @@ def fleet_costs(
     service = work.service - saved
     own: Floats = np.maximum(work.wait, loads.queue_s)
     own += service
-    place, part = knot(output)
-    work.cell[0], work.cell[1] = 1.0 - part, part
-    imposed = work.drag * work.knots.dot(loads.imposed[place : place + 2])
-    imposed += work.imposed
-    saved *= loads.weight
-    imposed -= saved
+    delay = _NOT_ASKED
+    if imposed:
+        place, part = knot(output)
+        work.cell[0], work.cell[1] = 1.0 - part, part
+        delay = work.drag * work.knots.dot(loads.imposed[place : place + 2])
+        delay += work.imposed
+        saved *= loads.weight
+        delay -= saved
     if prompt_tokens + output > loads.least_room_tokens:
         for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
             cost = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
-            own[index], imposed[index], service[index] = cost.own_s, cost.imposed_s, cost.service_s
-    return Costs(own, imposed, service, cached)
+            own[index], service[index] = cost.own_s, cost.service_s
+            if imposed:
+                delay[index] = cost.imposed_s
+    return Costs(own, delay, service, cached)

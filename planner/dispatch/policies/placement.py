@@ -123,6 +123,15 @@ def _decoders(state: EndpointState, decoders: Sequence[EndpointState]) -> list[i
 class Routes:
     """All ways of a ready call; never none.
 
+    Parameters
+    ----------
+    ready
+        The call.
+    pairs
+        The ways.
+    imposed
+        Whether `imposed_s` is asked for.
+
     Attributes
     ----------
     pairs
@@ -133,9 +142,9 @@ class Routes:
 
     __slots__ = ("_costs", "_ready", "_rest", "own_s", "pairs")
 
-    def __init__(self, ready: Ready, pairs: Pairs) -> None:
+    def __init__(self, ready: Ready, pairs: Pairs, *, imposed: bool) -> None:
         self._ready = ready
-        self._costs = costs_of(ready)
+        self._costs = costs_of(ready, imposed=imposed)
         self._rest: Costs | None = None
         self.pairs = pairs
         self.own_s = self._costs.own_s
@@ -145,7 +154,7 @@ class Routes:
         forecast = ready.forecaster.of(call)
         self._rest = fleet_costs(
             call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet,
-            ready.now_s, prefilled=True,
+            ready.now_s, prefilled=True, imposed=False,
         ).take(pairs.decoders)  # fmt: skip
         missing = np.full(len(ready.fleet.states), float(call.prompt_tokens))
         for depth, who in ready.fleet.matches(call.prefix):
@@ -276,11 +285,11 @@ class Placement:
         """Return whether a call may be sent to an endpoint in this pass."""
         return state.index not in self._closed and has_room(state, tokens, self._depth)
 
-    def routes(self, ready: Ready) -> Routes:
-        """Return a call's ways through the fleet."""
+    def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
+        """Return a call's ways through the fleet; see `Routes`."""
         last = self._last
         if last is not None and last[0] is ready.candidates and last[1] is ready.decoders:
-            return Routes(ready, last[2])
+            return Routes(ready, last[2], imposed=imposed)
         # By identity: endpoints are as good as constant, and slow to hash.
         key = (
             *[id(state.endpoint) for state in ready.candidates],
@@ -292,18 +301,21 @@ class Placement:
                 self._pairs.clear()
             pairs = self._pairs[key] = Pairs(ready.candidates, ready.decoders)
         self._last = ready.candidates, ready.decoders, pairs
-        return Routes(ready, pairs)
+        return Routes(ready, pairs, imposed=imposed)
 
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
-        routes = self.routes(ready)
+        # Most calls that wait are offered many times before they are sent.
+        routes = self.routes(ready, imposed=False)
         return self.settle(routes, int(self.finish_s(routes).argmin()), ready)
 
     def finish_s(self, routes: Routes) -> npt.NDArray[np.float64]:
         """Return the seconds from now to the finish on each way, behind those that wait for it."""
         if not self._closed:
             return routes.own_s
-        waits_s: npt.NDArray[np.float64] = self._booked_s[routes.pairs.ends].sum(axis=0)
+        waits_s: npt.NDArray[np.float64] = self._booked_s[routes.pairs.ends[0]]
+        if routes.pairs.decoders.size:
+            waits_s += self._booked_s[routes.pairs.ends[1]]
         return routes.own_s + waits_s
 
     def settle(self, routes: Routes, way: int, ready: Ready) -> Route | None:

@@ -124,6 +124,22 @@ def test_costs_stay_close_to_the_scalar_form(kv_blocks: int) -> None:
     assert np.abs(imposed).mean() < 0.005
 
 
+def test_the_imposed_delay_may_be_left_out() -> None:
+    """The rest is the same to the last bit, and what was left out is no number."""
+    for kv_blocks in (3000, 300):
+        view, one = busy_fleet(5, kv_blocks=kv_blocks), call()
+        forecast, whole = pass_of(one, view, 200.0)
+        brief = fleet_costs(
+            one.prompt_tokens, one.prefix, one.prefix_tokens, forecast, view, 4.0, imposed=False
+        )
+        assert brief.imposed_s.size == 0
+        for name in ("own_s", "service_s", "cached_tokens"):
+            assert getattr(brief, name).tolist() == getattr(whole, name).tolist()
+        some = brief.take(np.array([1, 3]))
+        assert some[1].own_s == whole[3].own_s
+        assert math.isnan(some[1].imposed_s)
+
+
 def test_what_remains_falls_with_time() -> None:
     """A resident that decodes imposes less and less, down to a quarter of its forecast."""
     view = busy_fleet(0, count=1)
