@@ -247,7 +247,8 @@ class HexAGenT(QueuedPolicy):
                     now_s - run.arrival_s,
                     horizons[run.run_id],
                     self.placement.routes(
-                        Ready(call, serving.entries, fleet, forecaster, now_s, serving.decoders)
+                        Ready(call, serving.entries, fleet, forecaster, now_s, serving.decoders),
+                        imposed=False,
                     ),
                 )
             )
