@@ -212,7 +212,7 @@ def fleet_costs(
     """Return the costs of a call on all endpoints of a fleet, in fleet order.
 
     The same as `call_cost` for each, ``prefilled`` too, in a handful of array operations. Without
-    ``imposed`` the delay imposed on others, a fifth of the work, is left out.
+    ``imposed`` the delay imposed on others is left out.
     """
     loads = view.loads
     loads.advance(now_s)

@@ -11,21 +11,22 @@ from dataclasses import dataclass
 
 from planner.dispatch.events import Call
 from planner.dispatch.joins import RunDelay, run_delays
+from planner.dispatch.loads import LEAST_LEFT
 from planner.domain.estimates import EstimateTable, Quantiles, WorkflowEstimate
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import criticality, remaining_s
 from planner.graph.sampling import scenarios
 
-__all__ = ["Forecast", "Forecaster"]
+__all__ = ["Forecast", "Forecaster", "with_length"]
 
 _SITES = 4096
 """Call sites whose forecasts are kept; clients name them, so their number is bounded."""
 _SCENARIOS = 64
 """Sampled runs behind a criticality: a standard error of at most 0.06."""
-_LEAST_LEFT, _MOST_LEFT = 0.1, 1.5
-"""Limits of what an overdue call has left, of its forecast: no forecast is exact, and quantiles
-say little of the far tail."""
+_SURE_LEFT, _MOST_LEFT = 0.1, 1.5
+"""Limits of `Forecast.least_left`: no forecast is exact, and quantiles say little of the far
+tail."""
 _OUTPUT_TOKEN_S = 0.02
 _PROMPT_TOKEN_S = 0.0001
 """Seconds per token that compare calls with tools when the critical path is looked for: an
@@ -63,7 +64,7 @@ class Forecast:
     criticality: float
     remaining_s: float = 0.0
     delay: RunDelay | None = None
-    least_left: float = 0.25
+    least_left: float = LEAST_LEFT
 
 
 class Forecaster:
@@ -138,22 +139,33 @@ class Forecaster:
             if len(self._cache) >= _SITES:
                 self._cache.clear()
             self._cache[key] = forecast
-        tokens = forecast.output_tokens
-        if call.hinted_tokens is not None:
-            tokens = float(call.hinted_tokens)
-        if call.max_tokens is not None and tokens > call.max_tokens:
-            tokens = float(call.max_tokens)
-        if tokens == forecast.output_tokens:
-            return forecast
-        return Forecast(
-            output_tokens=tokens,
-            criticality=forecast.criticality,
-            remaining_s=forecast.remaining_s,
-            delay=forecast.delay,
-            least_left=forecast.least_left,
-        )
+        hinted = call.hinted_tokens
+        tokens = forecast.output_tokens if hinted is None else float(hinted)
+        return with_length(forecast, tokens, call.max_tokens)
+
+
+def with_length(forecast: Forecast, tokens: float, max_tokens: int | None) -> Forecast:
+    """Return a forecast of another length, tokens >= 0, which a declared ``max_tokens`` caps.
+
+    A call that has come near its cap has no more left than up to there.
+    """
+    least_left = forecast.least_left
+    if max_tokens is not None:
+        tokens = min(tokens, float(max_tokens))
+        if max_tokens < tokens * (1.0 + least_left):
+            least_left = max(max_tokens / max(tokens, 1.0) - 1.0, _SURE_LEFT)
+    if tokens == forecast.output_tokens and least_left == forecast.least_left:
+        return forecast
+    return Forecast(
+        output_tokens=tokens,
+        criticality=forecast.criticality,
+        remaining_s=forecast.remaining_s,
+        delay=forecast.delay,
+        least_left=least_left,
+    )
 
 
 def _least_left(length: Quantiles) -> float:
+    """Return what calls as long as the mean have left, as a share of it."""
     mean = max(1.0, length.mean)
-    return min(max(length.given(mean).mean / mean - 1.0, _LEAST_LEFT), _MOST_LEFT)
+    return min(max(length.given(mean).mean / mean - 1.0, _SURE_LEFT), _MOST_LEFT)

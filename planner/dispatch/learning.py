@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.dispatch.events import Call, CallFinished
-from planner.dispatch.forecast import Forecast, Forecaster
+from planner.dispatch.forecast import Forecast, Forecaster, with_length
 from planner.dispatch.online import OnlineLatency, decode_counts, prefill_counts
 from planner.dispatch.view import EndpointState
 from planner.domain.calibration import QuantileTracker
@@ -132,15 +132,7 @@ class CorrectedForecaster(Forecaster):
         if ratio is None or call.hinted_tokens is not None:
             return forecast
         tokens = max(1.0, forecast.output_tokens * ratio.value)
-        if call.max_tokens is not None and tokens > call.max_tokens:
-            tokens = float(call.max_tokens)
-        return Forecast(
-            output_tokens=tokens,
-            criticality=forecast.criticality,
-            remaining_s=forecast.remaining_s,
-            delay=forecast.delay,
-            least_left=forecast.least_left,
-        )
+        return with_length(forecast, tokens, call.max_tokens)
 
     def observe(self, call: Call, output_tokens: int) -> None:
         """Learn from the length of a finished call; one with a hint says little of the others."""

@@ -42,12 +42,12 @@ from planner.domain.latency import LatencyRow
 if TYPE_CHECKING:
     from planner.dispatch.view import EndpointState, Resident
 
-__all__ = ["Loads", "Pass"]
+__all__ = ["LEAST_LEFT", "Loads", "Pass"]
 
 Floats = npt.NDArray[np.float64]
 
 SWEEP_S = 0.1
-_LEAST_LEFT = 0.25
+LEAST_LEFT = 0.25
 """Share of its forecast that a call has always left."""
 _GRID = np.sqrt(2.0) ** np.arange(44)
 """Lengths at which F is kept, tokens: 1 to 2.9 million."""
@@ -385,7 +385,7 @@ class Loads:
         np.subtract(output, left, out=left)
         if self._pooled:
             np.maximum(left, self._least[:, :width], out=self._stay[:, :width])
-        np.maximum(left, _LEAST_LEFT * output, out=left)
+        np.maximum(left, LEAST_LEFT * output, out=left)
         self._left[:, :width] = left
         self._resum(left, self._weight[:, :width])
         self._returns(np.flatnonzero(self.in_flight >= self._slots), self._stay[:, :width])

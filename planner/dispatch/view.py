@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch.loads import Loads
+from planner.dispatch.loads import LEAST_LEFT, Loads
 from planner.dispatch.prefixes import Holders, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
@@ -52,7 +52,7 @@ class Resident:
     criticality: float
     sent_s: float
     first_token_s: float | None = None
-    least_left: float = 0.25
+    least_left: float = LEAST_LEFT
     place: int = -1
 
 

@@ -216,11 +216,16 @@ def test_what_a_site_has_left_comes_from_its_quantiles() -> None:
     table = EstimateTable(workflows={"w": WorkflowEstimate(sites=sites)})
     forecaster = Forecaster(table)
 
-    def least_left(site: str) -> float:
-        return forecaster.of(replace(call(), workflow_hash="w", site=site)).least_left
+    def least_left(site: str, max_tokens: int | None = None) -> float:
+        one = replace(call(), workflow_hash="w", site=site, max_tokens=max_tokens)
+        return forecaster.of(one).least_left
 
     assert least_left("heavy") == pytest.approx(0.75, abs=0.1)
     assert least_left("sure") == 0.1
+    # Nothing is left beyond the cap that a client declares.
+    assert least_left("heavy", 10_000) == least_left("heavy")
+    assert least_left("heavy", 150) == pytest.approx(150 / heavy.mean - 1.0)
+    assert least_left("heavy", 50) == 0.1
 
 
 def test_counts_do_not_drift() -> None:
