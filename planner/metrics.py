@@ -28,6 +28,7 @@ __all__ = [
     "paired_bootstrap",
     "relative_difference",
     "spread",
+    "standard_error",
     "summarise",
 ]
 
@@ -181,6 +182,11 @@ def spread(values: Sequence[float]) -> Spread:
     array = np.asarray(values, dtype=float)
     sd = float(array.std(ddof=1)) if array.size > 1 else 0.0
     return Spread(float(array.mean()), sd, float(array.min()), float(array.max()))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of at least one value, 0 for a single one."""
+    return spread(values).sd / math.sqrt(len(values))
 
 
 def relative_difference(baseline: float, value: float) -> float:

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = run_study(study, out, resume=args.resume, **how)
     if chosen := contenders(study, outcomes):
         outcomes = run_more(study, outcomes, chosen, out, resume=args.resume, **how)
-    known = run_clairvoyant(study, out, **how)
+    known = run_clairvoyant(study, outcomes, out, **how)
     limits = run_bounds(study, out, jobs=args.jobs, data=args.data)
     found = document(study, outcomes, known, limits)
     save_document(found, out / "results.json")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.figure import Figure
 
 from planner import __version__
 from planner.domain.files import atomic_write
-from planner.metrics import spread
+from planner.metrics import standard_error
 from planner.report.drawing import to_png
 from planner.report.study_plots import OURS, attainment_plot, forest_plot, load_plot, panels
 
@@ -253,7 +252,7 @@ def _clairvoyant(rows: Sequence[Mapping[str, float]]) -> str:
     def mean(key: str) -> float:
         return sum(row[key] for row in rows) / len(rows)
 
-    error = spread([row["gap"] for row in rows]).sd / math.sqrt(len(rows))
+    error = standard_error([row["gap"] for row in rows])
     return (
         f"<p>Clairvoyant local search, {len(rows)} seeds: marginal cost {mean('learned_s'):.2f} s, "
         f"with exact lengths {mean('exact_s'):.2f} s, best placement found {mean('found_s'):.2f} s "

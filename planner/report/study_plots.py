@@ -23,13 +23,15 @@ __all__ = ["attainment_plot", "forest_plot", "load_plot", "panels"]
 Setting = Mapping[str, Any]
 OURS = "almanac"
 _NAMED = 5
+_LEAST_LOADS = 3
 _FAINT = "#bbbbbb"
 
 
 def panels(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     """Return the settings that differ in load only, by title; groups without a curve left out.
 
-    A curve takes a policy at two loads. Settings of a fixed rate have no load.
+    A curve takes a policy at three loads: the line between two would say what nobody simulated.
+    Settings of a fixed rate have no load.
     """
     groups: dict[str, list[Setting]] = {}
     for one in settings:
@@ -69,7 +71,7 @@ def load_plot(groups: Mapping[str, Sequence[Setting]]) -> Figure:
 
 
 def _load_curves(group: Sequence[Setting]) -> dict[str, list[LoadPoint]]:
-    """Return the points, by load, of each policy that has two or more."""
+    """Return the points, by load, of each policy that has enough of them."""
     curves: dict[str, list[LoadPoint]] = {}
     for one in sorted(group, key=lambda one: one["setting"]["load"]):
         for policy in one["policies"]:
@@ -77,7 +79,7 @@ def _load_curves(group: Sequence[Setting]) -> dict[str, list[LoadPoint]]:
                 value_s = policy["metrics"]["mean_s"]["mean"]
                 point = LoadPoint(load=one["setting"]["load"], value_s=value_s)
                 curves.setdefault(policy["policy"], []).append(point)
-    return {name: points for name, points in curves.items() if len(points) > 1}
+    return {name: points for name, points in curves.items() if len(points) >= _LEAST_LOADS}
 
 
 def attainment_plot(settings: Sequence[Setting]) -> Figure:

@@ -4,7 +4,8 @@ The search starts where marginal cost with exact lengths places the calls of som
 calls to other endpoints while the simulated mean run latency falls. The simulator is the judge, so
 queues, batches and caches count; engines serve older runs first throughout. What it finds is a
 feasible clairvoyant placement: its mean is an *upper* bound on the best mean that clairvoyance
-allows, so the gap it shows is a lower bound on what is there to be gained.
+allows, so the gap it shows is a lower bound on what is there to be gained. Runs that find the fleet
+empty, or leave it so, are simulated and not counted: there is less to be gained from them.
 
 The critical path is a bound from below: each run alone, every call on the endpoint that is fastest
 for it, all text that an earlier prompt or answer may have left in a cache found there.
@@ -24,7 +25,7 @@ from planner.dispatch.policies.base import Choice, Policy, Ready, age_priority
 from planner.dispatch.policies.finish import MarginalCost
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec, Task
-from planner.domain.trace import TraceRecord
+from planner.domain.trace import CallRecord, TraceRecord
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import completion_s
 from planner.sim.experiment import World, mean_latency_s
@@ -32,7 +33,8 @@ from planner.sim.kernel import simulate
 
 __all__ = ["Clairvoyant", "Exact", "Pinned", "critical_path_s", "estimate"]
 
-_THETA = 1.5
+_THETAS = (1.0, 1.5, 2.0)
+"""Weights of imposed delay that are tried with exact lengths, besides the one of the setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,61 +109,87 @@ class Pinned(MarginalCost):
 
 
 def estimate(
-    runs: Sequence[RunSpec], world: World, graphs: Sequence[Workflow], *, steps: int, seed: int
+    runs: Sequence[RunSpec],
+    world: World,
+    graphs: Sequence[Workflow],
+    *,
+    theta: float,
+    steps: int,
+    seed: int,
+    counted: slice = slice(None),
 ) -> Clairvoyant:
     """Return the estimate for some runs.
 
     Parameters
     ----------
     runs
-        About a hundred: a step costs a simulation of them all.
+        About a hundred and fifty, by arrival: a step costs a simulation of them all.
     graphs
         Their workflows.
+    theta
+        Weight of imposed delay of the marginal cost that goes by forecasts: as tuned.
     steps
         Moves tried.
     seed
         Of the search.
+    counted
+        The runs whose latencies count.
 
     Notes
     -----
-    A move pins one or two calls to endpoints, faster ones more often; calls that are not pinned
-    follow marginal cost, so that they make room for those that are. The simulation is without
-    noise, so that a better mean is one.
+    A move pins one or two calls to endpoints. Calls are drawn by the time they lose against their
+    time alone, endpoints by their speed; calls that are not pinned follow marginal cost, so that
+    they make room for those that are. The simulation is without noise, so that a better mean is
+    one.
     """
-    fleet = world.fleet
+    fleet, judged = world.fleet, runs[counted]
     exact = Exact(world.forecaster, runs, graphs)
+    least_s = {
+        f"{run.run_id}/{task.index}": _least_s(task, fleet)
+        for run in judged
+        for task in run.tasks
+        if task.site
+    }
+    names = {run.run_id for run in judged}
 
-    def mean(theta: float, places: Mapping[str, int]) -> float:
-        return mean_latency_s(_run(runs, fleet, Pinned(theta, places), exact))
+    def trial(policy: Policy, forecaster: Forecaster) -> tuple[float, list[TraceRecord]]:
+        records = [one for one in simulate(runs, fleet, policy, forecaster) if one.run_id in names]
+        return mean_latency_s(records), records
 
-    learned_s = mean_latency_s(_run(runs, fleet, MarginalCost(theta=_THETA), world.forecaster))
-    exact_s = mean(_THETA, {})
-    best, theta = min((mean(theta, {}), theta) for theta in (1.0, _THETA, 2.0))
+    learned_s, _ = trial(MarginalCost(theta=theta), world.forecaster)
+    starts = {value: trial(Pinned(value, {}), exact) for value in (theta, *_THETAS)}
+    weight, (found_s, records) = min(starts.items(), key=lambda one: one[1][0])
+    speed = np.array([1.0 / endpoint.latency.decode_step_s(8, 8e3) for endpoint in fleet.endpoints])
     places: dict[str, int] = {}
     rng = np.random.default_rng(seed)
-    speed = np.array([1.0 / endpoint.latency.decode_step_s(8, 8e3) for endpoint in fleet.endpoints])
-    chances = speed / speed.sum()
-    calls = [f"{run.run_id}/{task.index}" for run in runs for task in run.tasks if task.site]
+    calls, chances = _losses(records, least_s)
     for _ in range(steps):
-        moved = [calls[int(n)] for n in rng.integers(len(calls), size=int(rng.integers(1, 3)))]
         tried = dict(places)
-        for call_id in moved:
-            tried[call_id] = int(rng.choice(len(chances), p=chances))
-        value = mean(theta, tried)
-        if value < best:
-            places, best = tried, value
+        for n in rng.choice(len(calls), size=int(rng.integers(1, 3)), p=chances):
+            tried[calls[n]] = int(rng.choice(len(speed), p=speed / speed.sum()))
+        value, records = trial(Pinned(weight, tried), exact)
+        if value < found_s:
+            places, found_s = tried, value
+            calls, chances = _losses(records, least_s)
     return Clairvoyant(
         learned_s=learned_s,
-        exact_s=exact_s,
-        found_s=best,
-        bound_s=critical_path_s(runs, fleet),
+        exact_s=starts[theta][0],
+        found_s=found_s,
+        bound_s=critical_path_s(judged, fleet),
     )
 
 
-def _run(
-    runs: Sequence[RunSpec], fleet: Fleet, policy: Policy, forecaster: Forecaster
-) -> list[TraceRecord]:
-    return simulate(runs, fleet, policy, forecaster)
+def _losses(
+    records: Sequence[TraceRecord], least_s: Mapping[str, float]
+) -> tuple[list[str], np.ndarray]:
+    """Return the calls, and for each the chance to be moved: its share of all time lost."""
+    lost = {
+        one.call_id: max(1e-3, one.finish_s - one.ready_s - least_s[one.call_id])
+        for one in records
+        if isinstance(one, CallRecord) and one.finish_s is not None
+    }
+    weights = np.array(list(lost.values()))
+    return list(lost), weights / weights.sum()
 
 
 def critical_path_s(runs: Sequence[RunSpec], fleet: Fleet) -> float:

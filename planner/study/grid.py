@@ -32,6 +32,7 @@ from typing import Any
 from joblib import Parallel, delayed
 
 from planner.dispatch.forecast import Forecaster
+from planner.dispatch.policies.finish import MarginalCost
 from planner.dispatch.table import DispatchTable, Tuning, load_table, save_table
 from planner.domain.errors import InvalidInput
 from planner.domain.files import atomic_write, read_json
@@ -61,7 +62,9 @@ TUNING_SEED = 1000
 """Tuning uses seeds from here on, evaluation from 0, training of forecasts from 5000."""
 PLANNED_LOADS = (0.4, 0.6, 0.8, 0.9)
 """Loads that a dispatch table is planned for; it serves every load of its fleet and mix."""
-CLAIRVOYANT_RUNS, CLAIRVOYANT_SEEDS = 80, 10
+CLAIRVOYANT_RUNS, CLAIRVOYANT_COUNTED = 160, slice(60, 140)
+"""Runs of an estimate, and those that count: the fleet is neither empty before nor after them."""
+CLAIRVOYANT_SEEDS = 10
 """Gaps of seeds differ by up to 6 % of the mean where endpoints do: two of them tell little."""
 BOUND_SEEDS = 2
 
@@ -247,6 +250,7 @@ def run_more(
 
 def run_clairvoyant(
     study: Study,
+    outcomes: Sequence[Outcome],
     folder: Path,
     *,
     jobs: int = 2,
@@ -255,33 +259,53 @@ def run_clairvoyant(
 ) -> dict[Setting, list[Clairvoyant]]:
     """Return the clairvoyant estimates of a study that asks for them, by setting.
 
-    They are the slow part of a study; each is kept as a file, as cells are.
+    They are the slow part of a study; each is kept as a file, as cells are. What they save is
+    saved from marginal cost as tuned in the setting, by default where it takes no part.
     """
     if not study.clairvoyant_steps:
         return {}
     (folder / "clairvoyant").mkdir(parents=True, exist_ok=True)
+    usual = MarginalCost().theta
+    thetas = {
+        one.setting: one.setup.parameters.get("theta", usual)
+        for one in outcomes
+        if one.entry.policy == MarginalCost.name
+    }
     wanted = [(one, seed) for one in study.settings for seed in range(CLAIRVOYANT_SEEDS)]
     pool = Parallel(n_jobs=jobs, return_as="generator")
     found: dict[Setting, list[Clairvoyant]] = {}
     done = pool(
-        delayed(_clairvoyant)(setting, seed, study.clairvoyant_steps, folder, data)
+        delayed(_clairvoyant)(
+            setting, seed, thetas.get(setting, usual), study.clairvoyant_steps, folder, data
+        )
         for setting, seed in wanted
     )
-    for (setting, seed), result in zip(wanted, done, strict=True):
-        progress(f"clairvoyant {setting.name}, seed {seed}: saves {result.gap:.1%}")
+    started = time.monotonic()
+    for number, ((setting, seed), result) in enumerate(zip(wanted, done, strict=True), start=1):
+        left_s = (time.monotonic() - started) / number * (len(wanted) - number)
+        progress(
+            f"[{number}/{len(wanted)}] clairvoyant {setting.name}, seed {seed}: saves "
+            f"{result.gap:.1%}; {_span(left_s)} left"
+        )
         found.setdefault(setting, []).append(result)
     return found
 
 
 def _clairvoyant(
-    setting: Setting, seed: int, steps: int, folder: Path, data: Path | None
+    setting: Setting, seed: int, theta: float, steps: int, folder: Path, data: Path | None
 ) -> Clairvoyant:
-    key = _hash([CODE_SCHEMA, _content(setting), seed, steps, CLAIRVOYANT_RUNS])
+    counted = CLAIRVOYANT_COUNTED
+    among = [CLAIRVOYANT_RUNS, counted.start, counted.stop]
+    key = _hash([CODE_SCHEMA, _content(setting), seed, theta, steps, among])
     file = folder / "clairvoyant" / f"{key}.json"
     if not file.exists():
-        runs = workload(setting, seed, CLAIRVOYANT_RUNS, data=data)
+        runs = _workload(setting, seed, CLAIRVOYANT_RUNS, data)
         world, graphs = _world(setting, folder), setting.make_mix().workflows
-        _write(file, asdict(estimate(runs, world, graphs, steps=steps, seed=seed)))
+        with _no_collection():
+            found = estimate(
+                runs, world, graphs, theta=theta, steps=steps, seed=seed, counted=counted
+            )
+        _write(file, asdict(found))
     return Clairvoyant(**read_json(file, what="clairvoyant estimate"))
 
 

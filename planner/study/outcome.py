@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 
 from planner import __version__
 from planner.domain.files import atomic_write
-from planner.metrics import spread
+from planner.metrics import spread, standard_error
 from planner.report.comparison import Comparison
 from planner.report.terminal import align, comparison_text
 from planner.study.bars import bars_of, bars_text
@@ -245,7 +244,7 @@ def _clairvoyance(found: Iterable[Mapping[str, float]]) -> str:
     def mean(key: str) -> float:
         return spread([row[key] for row in rows]).mean
 
-    error = spread([row["gap"] for row in rows]).sd / math.sqrt(len(rows))
+    error = standard_error([row["gap"] for row in rows])
     return (
         f"\nclairvoyant, {len(rows)} seeds: marginal_cost {mean('learned_s'):.2f} s, with exact "
         f"lengths {mean('exact_s'):.2f} s, best found {mean('found_s'):.2f} s (gap "

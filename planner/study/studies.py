@@ -326,7 +326,7 @@ STUDIES: Mapping[str, Study] = {
             tuning_runs=450,
             tuning_seeds=2,
             most_loss=0.01,
-            clairvoyant_steps=100,
+            clairvoyant_steps=60,
             threats=_THREATS,
         ),
         Study(

@@ -12,12 +12,14 @@ def played(setting: Setting, **mean_s: float) -> dict[str, Any]:
     return {"name": setting.name, "setting": setting.to_json(), "policies": policies}
 
 
-def test_a_panel_needs_a_policy_at_two_loads() -> None:
-    """Two loads of other policies, one load, and fixed rates give no curve."""
+def test_a_panel_needs_a_policy_at_three_loads() -> None:
+    """Other policies at the third load, fewer loads, and fixed rates give no curve."""
     shown = [
         played(Setting(load=0.5), almanac=1.0, round_robin=2.0),
+        played(Setting(load=0.7), almanac=2.0, round_robin=3.0),
         played(Setting(load=0.9), almanac=3.0),
         played(Setting(mix="rag", load=0.5), almanac=1.0),
+        played(Setting(mix="rag", load=0.7), almanac=1.5),
         played(Setting(mix="rag", load=0.9), round_robin=1.0),
         played(Setting(mix="tree", fixed_rps=1.0), almanac=1.0),
         played(Setting(mix="tree", fixed_rps=2.0), almanac=2.0),
@@ -31,6 +33,6 @@ def test_a_panel_needs_a_policy_at_two_loads() -> None:
 
 def test_a_closed_loop_has_no_arrival_rate() -> None:
     """Its load is counted in clients."""
-    settings = [Setting(arrivals="closed", load=load) for load in (0.5, 1.0)]
+    settings = [Setting(arrivals="closed", load=load) for load in (0.25, 0.5, 1.0)]
     groups = panels([played(one, almanac=1.0) for one in settings])
     assert "clients" in load_plot(groups).axes[0].get_xlabel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from planner.domain.trace import CallRecord
 from planner.report.study_page import write_study_page
 from planner.sim.experiment import Cell, PolicySetup, run_cell
 from planner.study import grid
-from planner.study.clairvoyant import critical_path_s, estimate
+from planner.study.clairvoyant import Clairvoyant, critical_path_s, estimate
 from planner.study.entries import parse_entry
 from planner.study.grid import chosen_settings, run_clairvoyant, run_more, run_study
 from planner.study.measure import jain_index, measure, refilled_tokens, standalone_s
@@ -192,13 +193,39 @@ def test_refilled_tokens_by_hand() -> None:
 
 
 def test_clairvoyant_search(tmp_path: Path) -> None:
-    """What is found lies between the critical path and marginal cost with exact lengths."""
+    """What is found lies between the critical path and marginal cost, of the runs that count."""
     setting = TINY.settings[0]
-    runs = workload(setting, 0, 20)
-    found = estimate(runs, setting.world(), setting.make_mix().workflows, steps=10, seed=0)
+    runs, graphs = workload(setting, 0, 20), setting.make_mix().workflows
+    how: dict[str, Any] = {"theta": 1.5, "steps": 10, "seed": 0, "counted": slice(5, 15)}
+    found = estimate(runs, setting.world(), graphs, **how)
     assert found.bound_s <= found.found_s <= found.exact_s
-    assert found.bound_s == pytest.approx(critical_path_s(runs, setting.make_fleet()))
-    assert run_clairvoyant(TINY, tmp_path) == {}
+    assert found.bound_s == pytest.approx(critical_path_s(runs[5:15], setting.make_fleet()))
+    assert estimate(runs, setting.world(), graphs, **how) == found
+    assert run_clairvoyant(TINY, [], tmp_path) == {}
+
+
+def test_clairvoyant_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates start from marginal cost as tuned, and are kept; another weight is another one."""
+    monkeypatch.setattr(grid, "CLAIRVOYANT_RUNS", 12)
+    monkeypatch.setattr(grid, "CLAIRVOYANT_COUNTED", slice(3, 9))
+    monkeypatch.setattr(grid, "CLAIRVOYANT_SEEDS", 1)
+    asked: list[float] = []
+    study = replace(TINY, clairvoyant_steps=1, policies=("marginal_cost:theta=2",), runs=10)
+
+    def noted(*args: Any, theta: float, **how: Any) -> Clairvoyant:
+        asked.append(theta)
+        return estimate(*args, theta=theta, **how)
+
+    monkeypatch.setattr(grid, "estimate", noted)
+    outcomes = run_study(study, tmp_path, jobs=1)
+    found = run_clairvoyant(study, outcomes, tmp_path, jobs=1)
+    again = run_clairvoyant(study, outcomes, tmp_path, jobs=1)
+    assert asked == [2.0]
+    assert found == again
+    assert [len(estimates) for estimates in found.values()] == [1]
+    run_clairvoyant(study, [], tmp_path, jobs=1)
+    assert asked == [2.0, 1.0]
+    assert list(found) == list(TINY.settings)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
