@@ -38,7 +38,7 @@ from planner.dispatch.forecast import Forecast
 from planner.dispatch.loads import knot, pack_features
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Cost", "Costs", "call_cost", "fleet_costs"]
+__all__ = ["Cost", "Costs", "cached_tokens", "call_cost", "fleet_costs"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -110,9 +110,10 @@ class Costs(Sequence[Cost]):
     def put(self, places: npt.NDArray[np.intp], other: Costs) -> None:
         """Take over the costs of the same endpoints at some places."""
         for name in self.__slots__:
-            values = getattr(self, name)
-            if values.size:
-                values[places] = getattr(other, name)[places]
+            values, others = getattr(self, name), getattr(other, name)
+            # What is cached may be the caller's own, and does not depend on the forecast.
+            if values.size and values is not others:
+                values[places] = others[places]
 
     def take(self, places: npt.NDArray[np.intp]) -> Costs:
         """Return the costs at some places, in their order."""
@@ -198,6 +199,26 @@ _FEW = 6
 _NOT_ASKED: Floats = np.empty(0)
 
 
+def cached_tokens(
+    prompt_tokens: int, prefix: tuple[int, ...], prefix_tokens: float, view: FleetView
+) -> Floats:
+    """Return the tokens of a prompt that each endpoint is believed to hold; (endpoints,)."""
+    most = max(0, prompt_tokens - 1)
+    cached = np.zeros(len(view.states))
+    for depth, who in view.matches(prefix):
+        tokens = int(depth * prefix_tokens)
+        if tokens > most:
+            tokens = most
+        if who.bit_count() > _FEW:
+            cached[view.spread(who)] = tokens
+            continue
+        while who:
+            index = who.bit_length() - 1
+            who ^= 1 << index
+            cached[index] = tokens
+    return cached
+
+
 def fleet_costs(
     prompt_tokens: int,
     prefix: tuple[int, ...],
@@ -208,33 +229,23 @@ def fleet_costs(
     *,
     prefilled: bool = False,
     imposed: bool = True,
+    cached: Floats | None = None,
 ) -> Costs:
     """Return the costs of a call on all endpoints of a fleet, in fleet order.
 
     The same as `call_cost` for each, ``prefilled`` too, in a handful of array operations. Without
-    ``imposed`` the delay imposed on others is left out.
+    ``imposed`` the delay imposed on others is left out. ``cached`` is what `cached_tokens` says,
+    from those who know it.
     """
     loads = view.loads
     loads.advance(now_s)
     output = forecast.output_tokens
     context = prompt_tokens + 0.5 * output
-    most = max(0, prompt_tokens - 1)
     work = loads.workspace
-    cached = np.zeros(work.size)
     if prefilled:
-        cached += most
-    else:
-        for depth, who in view.matches(prefix):
-            tokens = int(depth * prefix_tokens)
-            if tokens > most:
-                tokens = most
-            if who.bit_count() > _FEW:
-                cached[view.spread(who)] = tokens
-                continue
-            while who:
-                index = who.bit_length() - 1
-                who ^= 1 << index
-                cached[index] = tokens
+        cached = np.full(work.size, max(0.0, prompt_tokens - 1.0))
+    elif cached is None:
+        cached = cached_tokens(prompt_tokens, prefix, prefix_tokens, view)
 
     # One product reckons the call as if nothing were cached; what is saved is taken off.
     square = float(prompt_tokens) * prompt_tokens

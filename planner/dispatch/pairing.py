@@ -8,7 +8,6 @@ slower of the two links, the wait for a slot, the decode.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from planner.dispatch.cost import call_cost
 from planner.dispatch.events import Call
@@ -20,7 +19,13 @@ __all__ = ["decode_s", "pair", "prefill_only", "pull_s", "transfer_s"]
 
 def prefill_only(forecast: Forecast) -> Forecast:
     """Return the forecast of a call that stops after its first token."""
-    return replace(forecast, output_tokens=1.0)
+    return Forecast(  # faster than to replace
+        output_tokens=1.0,
+        criticality=forecast.criticality,
+        remaining_s=forecast.remaining_s,
+        delay=forecast.delay,
+        least_left=forecast.least_left,
+    )
 
 
 def transfer_s(tokens: float, kv_bytes: float, link_gb_s: float, other_gb_s: float) -> float:

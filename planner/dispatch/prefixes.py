@@ -46,7 +46,21 @@ _FORKS = 1024
 _TAKE = tuple(itemgetter(*_PLACES[: max(2, n)]) for n in range(len(_DEPTHS)))
 """By number of anchors (two at least): takes the anchors out of a chain."""
 
-Holders = dict[int, int]
+
+class Holders(dict[int, int]):
+    """For each item the endpoints that hold it: bit i is set for endpoint i.
+
+    Attributes
+    ----------
+    version
+        Counts changes.
+    """
+
+    __slots__ = ("version",)
+
+    def __init__(self, version: int = 0) -> None:
+        super().__init__()
+        self.version = version
 
 
 def _anchors(prefix: Sequence[int]) -> tuple[int, ...]:
@@ -60,7 +74,7 @@ def levels(prefix: Sequence[int], holders: Holders, forks: dict[int, int]) -> li
     Parameters
     ----------
     holders
-        For each item the endpoints that hold it: bit i is set for endpoint i.
+        Who holds each item.
     forks
         By first item, the anchor at which the last chain left what others share; a guess, kept
         here. Chains that begin alike tend to part at the same place: at the end of a system prompt.
@@ -143,12 +157,13 @@ class PrefixIndex:
         self.capacity_tokens = capacity_tokens
         self._items: OrderedDict[int, float] = OrderedDict()
         self._held = 0.0
-        self._holders: Holders = {}
+        self._holders = Holders()
         self._bit = 1
 
     def join(self, holders: Holders, bit: int) -> None:
         """Note what is held, now and from now on, in a directory of many endpoints."""
         self._holders, self._bit = holders, bit
+        holders.version += 1
         for item in self._items:
             holders[item] = holders.get(item, 0) | bit
 
@@ -175,6 +190,7 @@ class PrefixIndex:
         if not prefix:
             return
         items, holders, bit = self._items, self._holders, self._bit
+        holders.version += 1
         anchors = _anchors(prefix)
         count, size = len(anchors), len(prefix)
         matched = self.match(prefix)
@@ -211,6 +227,7 @@ class PrefixIndex:
 
     def _forget(self, item: int, tokens: float) -> None:
         self._held -= tokens
+        self._holders.version += 1
         rest = self._holders[item] & ~self._bit
         if rest:
             self._holders[item] = rest
@@ -231,6 +248,7 @@ class PrefixIndex:
 
     def restore(self, items: Iterable[tuple[int, float]]) -> None:
         """Take up what `newest` returned, in its order."""
+        self._holders.version += 1
         for item, tokens in items:
             self._held += tokens - self._items.pop(item, 0.0)
             self._items[item] = tokens

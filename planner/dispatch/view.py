@@ -110,6 +110,7 @@ class EndpointState:
     def latency(self, row: LatencyRow) -> None:
         self._latency = row
         if self._view is not None:
+            self._view.revision += 1
             self._view.loads.update(self)
 
     @property
@@ -286,14 +287,18 @@ class FleetView:
         The whole fleet as bits, see `matches`.
     pooled
         Whether it has prefill and decode pools.
+    revision
+        Counts the changes of endpoints and their latency rows.
     """
 
     __slots__ = (
-        "_candidates", "_forks", "_holders", "_models", "_spreads", "_states", "everyone", "loads",
-        "pooled",
+        "_candidates", "_forks", "_holders", "_models", "_single", "_spreads", "_states",
+        "everyone", "loads", "pooled", "revision",
     )  # fmt: skip
 
     def __init__(self, states: Sequence[EndpointState]) -> None:
+        self.revision = 0
+        self._holders = Holders()
         self.states = tuple(states)
 
     @property
@@ -308,7 +313,9 @@ class FleetView:
         self._candidates: dict[str | None, tuple[list[int], list[Candidates]]] = {}
         self._models: dict[str | None, tuple[npt.NDArray[np.intp] | slice, int]] = {}
         self._spreads: dict[int, npt.NDArray[np.bool_]] = {}
-        self._holders: Holders = {}
+        self._single: dict[int, Candidates] = {}
+        self.revision += 1
+        self._holders = Holders(self._holders.version + 1)
         self._forks: dict[int, int] = {}
         self.everyone = (1 << len(states)) - 1
         self.pooled = any(state.endpoint.role != "both" for state in states)
@@ -351,6 +358,13 @@ class FleetView:
         found = groups[bisect_left(rooms, tokens)]
         if exclude:
             return Candidates.of((one for one in found if one.index not in exclude), self)
+        return found
+
+    def only(self, index: int) -> Candidates:
+        """Return one endpoint as the only candidate."""
+        found = self._single.get(index)
+        if found is None:
+            found = self._single[index] = Candidates.of((self._states[index],), self)
         return found
 
     def room_tokens(self, model: str | None) -> int:
@@ -397,6 +411,11 @@ class FleetView:
     def matches(self, prefix: Sequence[int]) -> list[tuple[int, int]]:
         """Return the depths to which a prompt is held, rising, with the endpoints that do."""
         return levels(prefix, self._holders, self._forks)
+
+    @property
+    def text_version(self) -> int:
+        """A number that changes with what endpoints are believed to hold."""
+        return self._holders.version
 
     def spread(self, bits: int) -> npt.NDArray[np.bool_]:
         """Return a set of endpoints, given as bits, as a mask."""

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from planner.dispatch.events import Call, CallArrived, Event, RunEnded
 from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.gaps import Gaps
-from planner.dispatch.policies.placement import Placement, service_s
+from planner.dispatch.policies.placement import Alone, Placement
 from planner.dispatch.policies.progress import Ended
 from planner.dispatch.policies.queued import QueuedPolicy
 from planner.dispatch.policies.response import ResponseRatio, first_to_last
@@ -98,6 +98,7 @@ class Astraea(QueuedPolicy):
         self.gaps = Gaps()
         self.level: dict[str, int] = {}  # run -> queue
         self._spent: dict[str, float] = {}
+        self._alone = Alone()
         self._asked = False
         self._now_s = 0.0
         self._ratio: ResponseRatio[Call] = ResponseRatio(
@@ -140,7 +141,7 @@ class Astraea(QueuedPolicy):
         if self.forecaster is None or self.fleet is None:
             return 1.0
         output = self.forecaster.of(call).output_tokens
-        seconds = service_s(call.prompt_tokens, output, self.fleet.states, call.model)
+        seconds = self._alone.service_s(call.prompt_tokens, output, self.fleet, call.model)
         return seconds + ((self.gaps.mean_s(call) or 0.0) if self.tool_time else 0.0)
 
     def key(self, call: Call, now_s: float) -> tuple[float, float]:

@@ -163,32 +163,40 @@ def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) 
     return call_cost(call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s)
 
 
-def costs_of(ready: Ready, *, imposed: bool = True) -> Costs:
+def costs_of(
+    ready: Ready, *, imposed: bool = True, cached: npt.NDArray[np.float64] | None = None
+) -> Costs:
     """Return the predicted costs of a ready call on its candidates, in their order.
 
-    Without ``imposed`` the delay imposed on others is left out.
+    ``imposed`` and ``cached`` are those of `planner.dispatch.cost.fleet_costs`.
     """
     candidates = Candidates.of(ready.candidates, ready.fleet)
-    return costs_among(candidates, ready, ready.forecaster.of(ready.call), imposed=imposed)
+    forecast = ready.forecaster.of(ready.call)
+    return costs_among(candidates, ready, forecast, imposed=imposed, cached=cached)
 
 
 def costs_among(
-    candidates: Candidates, ready: Ready, forecast: Forecast, *, imposed: bool = True
+    candidates: Candidates,
+    ready: Ready,
+    forecast: Forecast,
+    *,
+    imposed: bool = True,
+    cached: npt.NDArray[np.float64] | None = None,
 ) -> Costs:
     """Return the same where the candidates and the forecast are at hand."""
-    only_prefill = 0 < candidates.prefill.size == len(candidates)
-    costs = _costs(ready, prefill_only(forecast) if only_prefill else forecast, imposed=imposed)
-    if candidates.prefill.size and not only_prefill:
-        costs.put(candidates.prefill, _costs(ready, prefill_only(forecast), imposed=imposed))
-    return costs if candidates.whole else costs.take(candidates.indices)
-
-
-def _costs(ready: Ready, forecast: Forecast, *, imposed: bool) -> Costs:
     call = ready.call
-    return fleet_costs(
-        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet, ready.now_s,
-        imposed=imposed,
-    )  # fmt: skip
+
+    def costs(expected: Forecast) -> Costs:
+        return fleet_costs(
+            call.prompt_tokens, call.prefix, call.prefix_tokens, expected, ready.fleet,
+            ready.now_s, imposed=imposed, cached=cached,
+        )  # fmt: skip
+
+    only_prefill = 0 < candidates.prefill.size == len(candidates)
+    found = costs(prefill_only(forecast) if only_prefill else forecast)
+    if candidates.prefill.size and not only_prefill:
+        found.put(candidates.prefill, costs(prefill_only(forecast)))
+    return found if candidates.whole else found.take(candidates.indices)
 
 
 def least(scores: Sequence[float] | npt.NDArray[np.float64]) -> int:

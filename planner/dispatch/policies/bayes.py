@@ -188,15 +188,20 @@ class Posterior:
         self._known = known
         self.marginals = marginals
         self._pairs = pairs
+        # It does not change, and runs that wait ask for the same again and again.
+        self._left_s: float | None = None
+        self._reductions: dict[str, float] = {}
 
     def left_s(self) -> float:
         """Return the expected duration of all stages that are not over, s; ABSENT takes none."""
-        seconds = self._network.seconds
-        return sum(
-            float(belief @ seconds[stage])
-            for stage, belief in self.marginals.items()
-            if stage not in self._known
-        )
+        if self._left_s is None:
+            seconds = self._network.seconds
+            self._left_s = sum(
+                float(belief @ seconds[stage])
+                for stage, belief in self.marginals.items()
+                if stage not in self._known
+            )
+        return self._left_s
 
     def reduction(self, stage: str) -> float:
         """Return the uncertainty that a stage's end would take away.
@@ -211,6 +216,11 @@ class Posterior:
         """
         if stage in self._known or stage not in self.marginals:
             return 0.0
+        if stage not in self._reductions:
+            self._reductions[stage] = self._reduction(stage)
+        return self._reductions[stage]
+
+    def _reduction(self, stage: str) -> float:
         own = self.marginals[stage]
         tied: list[tuple[float, str, Floats]] = []
         for other in self._network.neighbours(stage):

@@ -277,11 +277,16 @@ class HexAGenT(QueuedPolicy):
         """Return the planned pair if it has room; unplanned calls go by earliest finish."""
         entry = self._plan.get(ready.call.call_id)
         if entry is not None:
-            planned = [one for one in ready.candidates if one.index == entry.endpoint]
-            decoders = [one for one in ready.decoders if one.index == entry.decode]
-            if planned and (entry.decode is None or decoders):
+            fleet, decode = ready.fleet, entry.decode
+            planned = any(one.index == entry.endpoint for one in ready.candidates)
+            if planned and (decode is None or any(one.index == decode for one in ready.decoders)):
                 narrow = Ready(
-                    ready.call, planned, ready.fleet, ready.forecaster, ready.now_s, decoders
+                    ready.call,
+                    fleet.only(entry.endpoint),
+                    fleet,
+                    ready.forecaster,
+                    ready.now_s,
+                    () if decode is None else fleet.only(decode),
                 )
                 return self.placement.place(narrow)
             del self._plan[ready.call.call_id]

@@ -24,16 +24,21 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch.cost import Cost, Costs, fleet_costs
+from planner.dispatch.cost import Cost, Costs, cached_tokens, fleet_costs
 from planner.dispatch.events import Call
 from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
+__all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
 
 _MOST_PAIRS = 256
 """Sets of endpoints whose ways are kept."""
+_MOST_ALONE = 16_384
+_MOST_TEXTS = 4096
+"""Calls of which it is kept what endpoints hold of their prompts."""
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 Ends: TypeAlias = tuple[tuple[EndpointState, float], ...]
 """Endpoints of a way with the slot seconds there."""
@@ -120,6 +125,33 @@ def _decoders(state: EndpointState, decoders: Sequence[EndpointState]) -> list[i
     return [other for other, one in enumerate(decoders) if one.endpoint.model == model]
 
 
+class Text:
+    """What endpoints are believed to hold of a prompt.
+
+    Attributes
+    ----------
+    version
+        Of what they hold, see `planner.dispatch.view.FleetView`.
+    cached
+        See `planner.dispatch.cost.cached_tokens`.
+    missing
+        Tokens that would have to be moved there, if nothing else was computed; (endpoints,), or
+        (0,) without pools.
+    """
+
+    __slots__ = ("cached", "missing", "version")
+
+    def __init__(self, call: Call, fleet: FleetView) -> None:
+        self.version = fleet.text_version
+        self.cached = cached_tokens(call.prompt_tokens, call.prefix, call.prefix_tokens, fleet)
+        self.missing: Floats = np.empty(0)
+        if fleet.pooled:
+            self.missing = np.full(len(fleet.states), float(call.prompt_tokens))
+            for depth, who in fleet.matches(call.prefix):
+                self.missing[fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
+            np.maximum(self.missing, 0.0, out=self.missing)
+
+
 class Routes:
     """All ways of a ready call; never none.
 
@@ -129,6 +161,8 @@ class Routes:
         The call.
     pairs
         The ways.
+    text
+        What endpoints hold of its prompt.
     imposed
         Whether `imposed_s` is asked for.
 
@@ -142,9 +176,9 @@ class Routes:
 
     __slots__ = ("_costs", "_ready", "_rest", "own_s", "pairs")
 
-    def __init__(self, ready: Ready, pairs: Pairs, *, imposed: bool) -> None:
+    def __init__(self, ready: Ready, pairs: Pairs, text: Text, *, imposed: bool) -> None:
         self._ready = ready
-        self._costs = costs_of(ready, imposed=imposed)
+        self._costs = costs_of(ready, imposed=imposed, cached=text.cached)
         self._rest: Costs | None = None
         self.pairs = pairs
         self.own_s = self._costs.own_s
@@ -156,17 +190,13 @@ class Routes:
             call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, ready.fleet,
             ready.now_s, prefilled=True, imposed=False,
         ).take(pairs.decoders)  # fmt: skip
-        missing = np.full(len(ready.fleet.states), float(call.prompt_tokens))
-        for depth, who in ready.fleet.matches(call.prefix):
-            missing[ready.fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
-        missing = np.maximum(missing[pairs.decoders], 0.0)
-        self.own_s = self.own_s[pairs.entry] + missing[pairs.decode] * pairs.pull_s
+        self.own_s = self.own_s[pairs.entry] + text.missing[pairs.ends[1]] * pairs.pull_s
         self.own_s += self._rest.own_s[pairs.decode] * pairs.split
 
     @property
-    def imposed_s(self) -> npt.NDArray[np.float64]:
+    def imposed_s(self) -> Floats:
         """Delay imposed on the residents of the endpoint that each way enters; shape (ways,)."""
-        imposed_s: npt.NDArray[np.float64] = self._costs.imposed_s[self.pairs.entry]
+        imposed_s: Floats = self._costs.imposed_s[self.pairs.entry]
         return imposed_s
 
     def ends(self, way: int) -> Ends:
@@ -224,6 +254,33 @@ def service_s(
     return min(whole, default=0.0)
 
 
+class Alone:
+    """`service_s` for those who rank waiting calls by it, again and again."""
+
+    def __init__(self) -> None:
+        self._of: tuple[FleetView, int] | None = None
+        self._known: dict[tuple[float, float, str | None], float] = {}
+
+    def service_s(
+        self, prompt_tokens: float, output_tokens: float, fleet: FleetView, model: str | None
+    ) -> float:
+        """Return what `service_s` does; kept until an endpoint changes, or its latency row."""
+        of = self._of
+        if (
+            of is None
+            or of[0] is not fleet
+            or of[1] != fleet.revision
+            or len(self._known) > _MOST_ALONE
+        ):
+            self._of = fleet, fleet.revision
+            self._known.clear()
+        key = prompt_tokens, output_tokens, model
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = service_s(prompt_tokens, output_tokens, fleet.states, model)
+        return found
+
+
 def has_room(state: EndpointState, tokens: float = 0.0, depth: float = 1.0) -> bool:
     """Return whether an endpoint can take a call that needs ``tokens`` of KV at once.
 
@@ -251,12 +308,17 @@ class Placement:
         self._pairs: dict[tuple[int, ...], Pairs] = {}
         # A view offers the same candidates until its fleet changes.
         self._last: tuple[Sequence[EndpointState], Sequence[EndpointState], Pairs] | None = None
+        self._fleet: FleetView | None = None
+        self._texts: dict[str, Text] = {}
         self._booked_s = np.zeros(1)
         self._closed: set[int] = set()
         self._able: tuple[EndpointState, ...] = ()
 
     def begin(self, fleet: FleetView) -> None:
         """Begin a pass over the queue."""
+        if fleet is not self._fleet:
+            self._fleet = fleet
+            self._texts.clear()
         # One place more than endpoints: that of no decoder, at -1.
         self._booked_s = np.zeros(len(fleet.states) + 1)
         self._closed.clear()
@@ -287,9 +349,9 @@ class Placement:
 
     def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
         """Return a call's ways through the fleet; see `Routes`."""
-        last = self._last
+        text, last = self._text(ready.call, ready.fleet), self._last
         if last is not None and last[0] is ready.candidates and last[1] is ready.decoders:
-            return Routes(ready, last[2], imposed=imposed)
+            return Routes(ready, last[2], text, imposed=imposed)
         # By identity: endpoints are as good as constant, and slow to hash.
         key = (
             *[id(state.endpoint) for state in ready.candidates],
@@ -301,7 +363,16 @@ class Placement:
                 self._pairs.clear()
             pairs = self._pairs[key] = Pairs(ready.candidates, ready.decoders)
         self._last = ready.candidates, ready.decoders, pairs
-        return Routes(ready, pairs, imposed=imposed)
+        return Routes(ready, pairs, text, imposed=imposed)
+
+    def _text(self, call: Call, fleet: FleetView) -> Text:
+        """Return what is held of a prompt; while its call waits, that mostly stays the same."""
+        known = self._texts.get(call.call_id)
+        if known is None or known.version != fleet.text_version:
+            if len(self._texts) >= _MOST_TEXTS:
+                self._texts.clear()
+            known = self._texts[call.call_id] = Text(call, fleet)
+        return known
 
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
@@ -309,11 +380,11 @@ class Placement:
         routes = self.routes(ready, imposed=False)
         return self.settle(routes, int(self.finish_s(routes).argmin()), ready)
 
-    def finish_s(self, routes: Routes) -> npt.NDArray[np.float64]:
+    def finish_s(self, routes: Routes) -> Floats:
         """Return the seconds from now to the finish on each way, behind those that wait for it."""
         if not self._closed:
             return routes.own_s
-        waits_s: npt.NDArray[np.float64] = self._booked_s[routes.pairs.ends[0]]
+        waits_s: Floats = self._booked_s[routes.pairs.ends[0]]
         if routes.pairs.decoders.size:
             waits_s += self._booked_s[routes.pairs.ends[1]]
         return routes.own_s + waits_s

@@ -36,7 +36,6 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -45,7 +44,7 @@ from planner.dispatch.policies.aeg import ExecutionGraph, Step
 from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.gaps import Gaps
 from planner.dispatch.policies.outlook import Outlook
-from planner.dispatch.policies.placement import Route, has_room, service_s
+from planner.dispatch.policies.placement import Alone, Route, has_room, service_s
 from planner.dispatch.policies.progress import RunProgress
 from planner.dispatch.policies.queued import QueuedPolicy
 from planner.dispatch.policies.response import ResponseRatio, first_to_last
@@ -133,6 +132,8 @@ class Saga(QueuedPolicy):
         self.now_s = 0.0
         self._rng = np.random.default_rng(seed)
         self._sessions = Sessions()
+        self._alone = Alone()
+        self._reuse: dict[tuple[str, str], float] = {}  # until the next event
         self._outlook: Outlook | None = None
         self._hinted: dict[str, ExecutionGraph | None] = {}
         self._inferred: dict[str, ExecutionGraph] = {}
@@ -152,6 +153,7 @@ class Saga(QueuedPolicy):
     def observe(self, event: Event, fleet: FleetView) -> None:
         """Follow the runs; learn gaps and, from runs that have ended, graphs."""
         self.now_s = max(self.now_s, event.now_s)
+        self._reuse.clear()
         if isinstance(event, RunEnded):
             run = self.runs.get(event.run_id)
             if run is not None:
@@ -179,9 +181,13 @@ class Saga(QueuedPolicy):
             return None
         if owner is None:
             return 1.0, 0.0
-        graph = self.graph(owner.call.workflow_hash)
-        reuse = 0.0 if graph is None else graph.reuse(owner.call.site)
-        return reuse, owner.call.prompt_tokens / self._sessions.largest_tokens
+        call = owner.call
+        key = call.workflow_hash, call.site
+        reuse = self._reuse.get(key)
+        if reuse is None:
+            graph = self.graph(call.workflow_hash)
+            reuse = self._reuse[key] = 0.0 if graph is None else graph.reuse(call.site)
+        return reuse, call.prompt_tokens / self._sessions.largest_tokens
 
     def graph(self, workflow_hash: str) -> ExecutionGraph | None:
         """Return the execution graph of a workflow, or None in the cold."""
@@ -217,12 +223,11 @@ class Saga(QueuedPolicy):
             last = max(run.ended.values(), key=lambda one: one.finish_s)
             return graph.work_after_s(last.call.site)
         own_s = sum(
-            service_s(
-                call.prompt_tokens, self.forecaster.of(call).output_tokens, self.fleet.states,
-                call.model,
+            self._alone.service_s(
+                call.prompt_tokens, self.forecaster.of(call).output_tokens, self.fleet, call.model
             )
             for call, _ in run.open.values()
-        )  # fmt: skip
+        )
         # Calls beside each other share what comes after them.
         return own_s + min(graph.work_after_s(call.site) for call, _ in run.open.values())
 
@@ -290,7 +295,11 @@ class Saga(QueuedPolicy):
             self._queued[chosen.index] += 1
         self._target[call.call_id] = chosen.index
         self._settle(affinity_key(call), chosen.index)
-        route = self.placement.place(replace(ready, candidates=[chosen]))
+        fleet = ready.fleet
+        candidates = fleet.only(chosen.index)
+        route = self.placement.place(
+            Ready(call, candidates, fleet, ready.forecaster, ready.now_s, ready.decoders)
+        )
         if route is not None:
             del self._target[call.call_id]
             self._queued[chosen.index] -= 1
@@ -300,6 +309,7 @@ class Saga(QueuedPolicy):
         """Return where the offered call goes now; a wait asks for the next look at idleness."""
         if self._outlook is None:
             self._outlook = Outlook(ready.fleet, ready.forecaster)
+            self._reuse.clear()
         choice = super().choose(ready)
         if isinstance(choice, Wait) and self._rings(ready.now_s):
             # Idleness is a matter of time: one of the calls that wait asks for a look at it.

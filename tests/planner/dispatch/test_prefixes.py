@@ -17,7 +17,7 @@ def chain(*parts: tuple[str, int]) -> tuple[int, ...]:
 
 
 def fleet(count: int, capacity: float = 1e9) -> tuple[Holders, list[PrefixIndex]]:
-    holders: Holders = {}
+    holders = Holders()
     made = [PrefixIndex(capacity) for _ in range(count)]
     for index, one in enumerate(made):
         one.join(holders, 1 << index)
