@@ -87,6 +87,11 @@ class Call:
     deadline_s: float | None = None
     parents: tuple[str, ...] = ()
 
+    @property
+    def least_tokens(self) -> int:
+        """The least room it needs: its prompt, and what output it declares."""
+        return self.prompt_tokens + (self.max_tokens or 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:

@@ -296,8 +296,7 @@ class Router:
     def _candidates(self, event: CallArrived) -> tuple[Candidates, Candidates]:
         """Return the endpoints that can serve a call, and those it can be sent to."""
         call = event.call
-        tokens = call.prompt_tokens + (call.max_tokens or 1)  # the least room it needs
-        serving = self._view.candidates(call.model, event.exclude, tokens)
+        serving = self._view.candidates(call.model, event.exclude, call.least_tokens)
         return serving, serving.entries if self._view.pooled else serving
 
     def _place(

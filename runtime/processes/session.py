@@ -181,7 +181,7 @@ class Session:
                 ),
                 head_start_s=case.head_start_s,
                 waited_s=case.waited_s + time.perf_counter() - begun_s,
-                room_tokens=call.prompt_tokens + (call.max_tokens or 1),
+                room_tokens=call.least_tokens,
             ),
         )
 

@@ -169,6 +169,12 @@ class Astraea(QueuedPolicy):
             if self.one_queue and self._asked:
                 return
 
+    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
+        """Return whether a call would have to wait."""
+        waits = super().waits(call, fleet, now_s)
+        self._asked = self._asked or waits
+        return waits
+
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now."""
         self._asked = True

@@ -234,8 +234,7 @@ class HexAGenT(QueuedPolicy):
         waiting: list[_Waiting] = []
         horizons: dict[str, float] = {}
         for call in self._shortlist(held, fleet, forecaster, now_s):
-            tokens = call.prompt_tokens + (call.max_tokens or 1)
-            serving = fleet.candidates(call.model, tokens=tokens)
+            serving = fleet.candidates(call.model, tokens=call.least_tokens)
             if not serving.entries:
                 continue
             run = self.runs.of(call)
@@ -292,6 +291,12 @@ class HexAGenT(QueuedPolicy):
             del self._plan[ready.call.call_id]
             self.dropped += 1
         return self.placement.place(ready)
+
+    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
+        """Return whether a call would have to wait; one is offered to ask for the plan's coming."""
+        if self._coming is not None and not self._woken:
+            return False
+        return super().waits(call, fleet, now_s)
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now; a wait asks for the plan that is coming."""
@@ -351,7 +356,7 @@ class _Books:
         """Book a call, and return by how much it lengthens the wait of those after it, s."""
         index, endpoint = state.index, state.endpoint
         slots = endpoint.max_num_seqs
-        need = call.prompt_tokens + (call.max_tokens or 1)
+        need = call.least_tokens
         held = state.in_flight + self._calls[index]
         free = has_room(state) and held < slots
         free = free and state.context_tokens + self._tokens[index] + need < endpoint.kv_tokens

@@ -76,7 +76,7 @@ class Queue(ABC):
         self.placement.begin(fleet)
         if not self.placement.open(fleet):
             return ()
-        return self._offers(self.ranked(held, now_s), fleet)
+        return self._offers(self.ranked(held, now_s), fleet, now_s)
 
     def ranked(self, held: Sequence[Call], now_s: float) -> Iterable[Call]:
         """Return the waiting calls, most urgent first."""
@@ -86,9 +86,17 @@ class Queue(ABC):
         """Return the key with the call's name, so that the order of ties is fixed."""
         return self.key(call, now_s), call.call_id
 
-    def _offers(self, ranked: Iterable[Call], fleet: FleetView) -> Iterator[Call]:
+    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:  # noqa: ARG002
+        """Return whether it is certain that a call, if it was offered, would have to wait.
+
+        It then keeps its place in this pass. To offer it would change nothing, but take longer.
+        """
+        return False
+
+    def _offers(self, ranked: Iterable[Call], fleet: FleetView, now_s: float) -> Iterator[Call]:
         for call in ranked:
-            yield call
+            if not self.waits(call, fleet, now_s):
+                yield call
             if not self.placement.open(fleet):
                 return
 
@@ -108,6 +116,7 @@ class QueuedPolicy(Queue):
         super().__init__(Placement())
         self.runs = Runs()
         self.fleet: FleetView | None = None
+        self._choosy: set[str] = set()  # calls that may not go everywhere
 
     # -- what a policy of this kind says, besides its key ---------------------------------------
 
@@ -124,9 +133,26 @@ class QueuedPolicy(Queue):
         """Follow the runs."""
         self.fleet = fleet
         self.note(event)
+        if isinstance(event, CallArrived):
+            if event.exclude:
+                self._choosy.add(event.call.call_id)
+        elif self._choosy and isinstance(event, (CallFinished, CallFailed, CallCancelled)):
+            self._choosy.discard(event.call_id)
         ended = self.runs.observe(event)
         if ended is not None:
             self.ended(ended, event.now_s)
+
+    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
+        """Return whether a call would have to wait, by the rule of all that do not say otherwise."""
+        if self.forecaster is None or call.call_id in self._choosy:
+            return False
+        serving = fleet.candidates(call.model, tokens=call.least_tokens)
+        candidates = serving.entries if fleet.pooled else serving
+        if not candidates:
+            return False
+        decoders = serving.decoders if fleet.pooled else ()
+        ready = Ready(call, candidates, fleet, self.forecaster, now_s, decoders)
+        return self.place(ready) is None
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now."""

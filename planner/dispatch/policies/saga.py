@@ -285,6 +285,10 @@ class Saga(QueuedPolicy):
         if blocked is not None and self._rings(now_s):
             yield blocked  # it asks to be woken, see `choose`
 
+    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:  # noqa: ARG002
+        """Return False: what its endpoint has no room for is not offered anyway."""
+        return False
+
     def place(self, ready: Ready) -> Route | None:
         """Return the route through the call's endpoint if that has room."""
         call = ready.call
@@ -377,7 +381,7 @@ class Saga(QueuedPolicy):
                 call
                 for call in held
                 if self._target.get(call.call_id) == victim
-                and call.prompt_tokens + (call.max_tokens or 1) <= thief.most_tokens
+                and call.least_tokens <= thief.most_tokens
             ]
             if waiting:
                 oldest = min(waiting, key=lambda call: (call.ready_s, call.call_id))
