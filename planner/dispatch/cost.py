@@ -35,10 +35,10 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.dispatch.forecast import Forecast
-from planner.dispatch.loads import knot, pack_features
+from planner.dispatch.loads import RESULTS, SERVICE, WAIT, knot, pack_features
 from planner.dispatch.view import EndpointState, FleetView
 
-__all__ = ["Cost", "Costs", "cached_tokens", "call_cost", "fleet_costs"]
+__all__ = ["Cost", "Costs", "cached_tokens", "call_cost", "fleet_costs", "waiting_costs"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -272,3 +272,50 @@ def fleet_costs(
             if imposed:
                 delay[index] = cost.imposed_s
     return Costs(own, delay, service, cached)
+
+
+def waiting_costs(
+    sizes: Sequence[tuple[int, float]], cached: Floats | None, view: FleetView, now_s: float
+) -> tuple[Floats, Floats]:
+    """Return own and service seconds of several calls on all endpoints.
+
+    To the last bit what `fleet_costs` says of each, in less time.
+
+    Parameters
+    ----------
+    sizes
+        Prompt tokens and expected output tokens of each.
+    cached
+        `cached_tokens` of each, shape (calls, endpoints), or None if all were prefilled elsewhere.
+
+    Returns
+    -------
+    own_s, service_s
+        Both of shape (calls, endpoints).
+    """
+    loads = view.loads
+    loads.advance(now_s)
+    work = loads.workspace
+    cells, features, by_feature = work.cells, work.call, loads.by_feature
+    results = np.empty((len(sizes), RESULTS * work.size))
+    for row, (prompt, output) in zip(results, sizes, strict=True):
+        context = prompt + 0.5 * output
+        square = float(prompt) * prompt
+        pack_features(cells, 0, 1.0, prompt, square, output, output * context, context)
+        features.dot(by_feature, row)
+    parts = results.reshape(len(sizes), RESULTS, work.size)
+    if cached is None:
+        cached = np.array([[max(0.0, prompt - 1.0)] for prompt, _ in sizes])
+    saved = loads.per_square_s * cached
+    saved += loads.per_token_s
+    saved *= cached
+    service: Floats = parts[:, SERVICE] - saved
+    own: Floats = np.maximum(parts[:, WAIT], loads.queue_s)
+    own += service
+    for place, (prompt, output) in enumerate(sizes):
+        if prompt + output > loads.least_room_tokens:
+            for index in np.flatnonzero(loads.room_tokens < prompt + output).tolist():
+                held = int(cached[place, min(index, cached.shape[1] - 1)])
+                cost = _cost(prompt, held, output, view.states[index], now_s)
+                own[place, index], service[place, index] = cost.own_s, cost.service_s
+    return own, service

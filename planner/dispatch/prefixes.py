@@ -50,17 +50,30 @@ _TAKE = tuple(itemgetter(*_PLACES[: max(2, n)]) for n in range(len(_DEPTHS)))
 class Holders(dict[int, int]):
     """For each item the endpoints that hold it: bit i is set for endpoint i.
 
+    Parameters
+    ----------
+    version
+        Number of the first change.
+
     Attributes
     ----------
     version
-        Counts changes.
+        Number of the last change.
+    changes
+        The same for each endpoint, by its bit.
     """
 
-    __slots__ = ("version",)
+    __slots__ = ("changes", "version")
 
     def __init__(self, version: int = 0) -> None:
         super().__init__()
         self.version = version
+        self.changes: dict[int, int] = {}
+
+    def changed(self, bit: int) -> None:
+        """Note a change of what an endpoint holds."""
+        self.version += 1
+        self.changes[bit] = self.version
 
 
 def _anchors(prefix: Sequence[int]) -> tuple[int, ...]:
@@ -163,7 +176,7 @@ class PrefixIndex:
     def join(self, holders: Holders, bit: int) -> None:
         """Note what is held, now and from now on, in a directory of many endpoints."""
         self._holders, self._bit = holders, bit
-        holders.version += 1
+        holders.changed(bit)
         for item in self._items:
             holders[item] = holders.get(item, 0) | bit
 
@@ -190,7 +203,7 @@ class PrefixIndex:
         if not prefix:
             return
         items, holders, bit = self._items, self._holders, self._bit
-        holders.version += 1
+        holders.changed(bit)
         anchors = _anchors(prefix)
         count, size = len(anchors), len(prefix)
         matched = self.match(prefix)
@@ -227,7 +240,6 @@ class PrefixIndex:
 
     def _forget(self, item: int, tokens: float) -> None:
         self._held -= tokens
-        self._holders.version += 1
         rest = self._holders[item] & ~self._bit
         if rest:
             self._holders[item] = rest
@@ -236,6 +248,7 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Forget everything (the endpoint restarted)."""
+        self._holders.changed(self._bit)
         for item, tokens in self._items.items():
             self._forget(item, tokens)
         self._items.clear()
@@ -248,7 +261,7 @@ class PrefixIndex:
 
     def restore(self, items: Iterable[tuple[int, float]]) -> None:
         """Take up what `newest` returned, in its order."""
-        self._holders.version += 1
+        self._holders.changed(self._bit)
         for item, tokens in items:
             self._held += tokens - self._items.pop(item, 0.0)
             self._items[item] = tokens

@@ -414,8 +414,13 @@ class FleetView:
 
     @property
     def text_version(self) -> int:
-        """A number that changes with what endpoints are believed to hold."""
+        """A number that grows whenever what endpoints are believed to hold changes."""
         return self._holders.version
+
+    def changed_since(self, version: int) -> list[EndpointState]:
+        """Return the endpoints of which what they hold has changed since a `text_version`."""
+        changes = self._holders.changes
+        return [self._states[bit.bit_length() - 1] for bit, n in changes.items() if n > version]
 
     def spread(self, bits: int) -> npt.NDArray[np.bool_]:
         """Return a set of endpoints, given as bits, as a mask."""

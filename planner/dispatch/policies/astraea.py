@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from planner.dispatch.events import Call, CallArrived, Event, RunEnded
-from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.gaps import Gaps
 from planner.dispatch.policies.placement import Alone, Placement
 from planner.dispatch.policies.progress import Ended
@@ -99,7 +98,6 @@ class Astraea(QueuedPolicy):
         self.level: dict[str, int] = {}  # run -> queue
         self._spent: dict[str, float] = {}
         self._alone = Alone()
-        self._asked = False
         self._now_s = 0.0
         self._ratio: ResponseRatio[Call] = ResponseRatio(
             numerator=lambda call: self._waited_s(call) + self._segment_s(call),
@@ -162,23 +160,16 @@ class Astraea(QueuedPolicy):
         return self._drawn(queues, now_s)
 
     def _drawn(self, queues: Sequence[Sequence[Call]], now_s: float) -> Iterator[Call]:
-        self._asked = False
         for queue in queues:
             yield from first_to_last(queue, lambda call: self.rank(call, now_s))
             # A queue whose calls no endpoint could take counts as empty.
-            if self.one_queue and self._asked:
+            if self.one_queue and any(self._servable(call) for call in queue):
                 return
 
-    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
-        """Return whether a call would have to wait."""
-        waits = super().waits(call, fleet, now_s)
-        self._asked = self._asked or waits
-        return waits
-
-    def choose(self, ready: Ready) -> Choice | Wait:
-        """Return where the offered call goes now."""
-        self._asked = True
-        return super().choose(ready)
+    def _servable(self, call: Call) -> bool:
+        if self.fleet is None:
+            return False
+        return bool(self.fleet.candidates(call.model, tokens=call.least_tokens).entries)
 
 
 class _Barrier(Placement):

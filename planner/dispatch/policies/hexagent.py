@@ -34,7 +34,7 @@ from planner.dispatch.events import Call, CallArrived, Event, RunEnded
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies.base import Choice, Ready, Wait
 from planner.dispatch.policies.outlook import Outlook
-from planner.dispatch.policies.placement import Route, Routes, has_room, service_s
+from planner.dispatch.policies.placement import Ahead, Route, Routes, has_room, service_s
 from planner.dispatch.policies.progress import Ended, RunProgress, first_attempt
 from planner.dispatch.policies.queued import QueuedPolicy
 from planner.dispatch.policies.response import ratios
@@ -292,11 +292,16 @@ class HexAGenT(QueuedPolicy):
             self.dropped += 1
         return self.placement.place(ready)
 
-    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
-        """Return whether a call would have to wait; one is offered to ask for the plan's coming."""
+    def waits(self, call: Call, ahead: Ahead) -> bool:
+        """Return whether a call waits; one is offered all the same, to ask for the coming plan."""
         if self._coming is not None and not self._woken:
             return False
-        return super().waits(call, fleet, now_s)
+        entry = self._plan.get(call.call_id)
+        if entry is None:
+            return super().waits(call, ahead)
+        decode = -1 if entry.decode is None else entry.decode
+        way = ahead.pairs.places.get((entry.endpoint, decode))
+        return way is not None and self.placement.waits(call, ahead, way)
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now; a wait asks for the plan that is coming."""

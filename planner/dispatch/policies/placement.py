@@ -24,11 +24,12 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from planner.dispatch.cost import Cost, Costs, cached_tokens, fleet_costs
+from planner.dispatch.cost import Cost, Costs, cached_tokens, fleet_costs, waiting_costs
 from planner.dispatch.events import Call
+from planner.dispatch.forecast import Forecaster
 from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
-from planner.dispatch.view import EndpointState, FleetView
+from planner.dispatch.view import Candidates, EndpointState, FleetView
 
 __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
 
@@ -90,9 +91,13 @@ class Pairs:
         Fleet indices of the decode endpoints.
     pull_s
         Seconds per token of KV that a way moves; shape (ways,).
+    places
+        The place of each way, by its ``indices``.
     """
 
-    __slots__ = ("_kept", "decode", "decoders", "ends", "entry", "indices", "pull_s", "split")
+    __slots__ = (
+        "_kept", "decode", "decoders", "ends", "entry", "indices", "places", "pull_s", "split",
+    )  # fmt: skip
 
     def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
         ways = [
@@ -105,6 +110,7 @@ class Pairs:
             (entries[place].index, -1 if other is None else decoders[other].index)
             for place, other in ways
         ]
+        self.places = {ends: way for way, ends in enumerate(self.indices)}
         self.ends = np.array(self.indices, dtype=np.intp).T
         self.entry = np.array([place for place, _ in ways])
         self.decode = np.array([other or 0 for _, other in ways])
@@ -150,6 +156,16 @@ class Text:
             for depth, who in fleet.matches(call.prefix):
                 self.missing[fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
             np.maximum(self.missing, 0.0, out=self.missing)
+
+    def refresh(self, call: Call, fleet: FleetView) -> None:
+        """Bring it up to date where something has changed."""
+        prompt, most = call.prompt_tokens, max(0, call.prompt_tokens - 1)
+        for state in fleet.changed_since(self.version):
+            held = state.prefix.match(call.prefix) * call.prefix_tokens
+            self.cached[state.index] = min(int(held), most)
+            if fleet.pooled:
+                self.missing[state.index] = max(prompt - held, 0.0)
+        self.version = fleet.text_version
 
 
 class Routes:
@@ -213,6 +229,74 @@ class Routes:
         ends = self.ends(way)
         cost = self._costs[self.pairs.entry.item(way)]
         return Route(ends[0][0], None if len(ends) == 1 else ends[1][0], cost, ends)
+
+
+class Ahead:
+    """The ways of several waiting calls, reckoned together: what `Routes` says of each.
+
+    Parameters
+    ----------
+    calls
+        Calls with the same candidates.
+    texts
+        What endpoints hold of their prompts.
+    candidates, decoders
+        As in `planner.dispatch.policies.base.Ready`.
+    pairs
+        The ways.
+
+    Attributes
+    ----------
+    rows
+        The place of each call, by its id.
+    answers
+        Expected output of each, tokens.
+    pairs
+        The ways.
+    own_s
+        Seconds from now to the finish on each way; shape (calls, ways).
+    """
+
+    __slots__ = ("_candidates", "_decoders", "_first", "_rest", "answers", "own_s", "pairs", "rows")
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        texts: Sequence[Text],
+        candidates: Candidates,
+        decoders: Sequence[EndpointState],
+        pairs: Pairs,
+        fleet: FleetView,
+        forecaster: Forecaster,
+        now_s: float,
+    ) -> None:
+        self._candidates, self._decoders, self.pairs = candidates, decoders, pairs
+        self.rows = {call.call_id: row for row, call in enumerate(calls)}
+        self.answers = [forecaster.of(call).output_tokens for call in calls]
+        whole = [
+            (call.prompt_tokens, answer) for call, answer in zip(calls, self.answers, strict=True)
+        ]
+        sizes = [(prompt, 1.0) for prompt, _ in whole] if candidates.prefill.size else whole
+        cached = np.array([text.cached for text in texts])
+        own_s, first_s = waiting_costs(sizes, cached, fleet, now_s)
+        if not candidates.whole:
+            own_s, first_s = own_s[:, candidates.indices], first_s[:, candidates.indices]
+        self.own_s, self._first = own_s, first_s
+        self._rest: Floats | None = None
+        if decoders:
+            rest_s, self._rest = waiting_costs(whole, None, fleet, now_s)
+            missing = np.array([text.missing for text in texts])
+            self.own_s = own_s[:, pairs.entry] + missing[:, pairs.ends[1]] * pairs.pull_s
+            self.own_s += rest_s[:, pairs.decoders[pairs.decode]] * pairs.split
+
+    def ends(self, row: int, way: int) -> Ends:
+        """Return the one or two endpoints of a way, with the slot seconds of a call there."""
+        place = self.pairs.entry.item(way)
+        first = self._candidates[place], self._first.item(row, place)
+        if self._rest is None or self.pairs.indices[way][1] < 0:
+            return (first,)
+        state = self._decoders[self.pairs.decode.item(way)]
+        return first, (state, self._rest.item(row, state.index))
 
 
 def service_s(
@@ -349,29 +433,37 @@ class Placement:
 
     def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
         """Return a call's ways through the fleet; see `Routes`."""
-        text, last = self._text(ready.call, ready.fleet), self._last
-        if last is not None and last[0] is ready.candidates and last[1] is ready.decoders:
-            return Routes(ready, last[2], text, imposed=imposed)
+        pairs = self._ways(ready.candidates, ready.decoders)
+        return Routes(ready, pairs, self._text(ready.call, ready.fleet), imposed=imposed)
+
+    def _ways(
+        self, candidates: Sequence[EndpointState], decoders: Sequence[EndpointState]
+    ) -> Pairs:
+        last = self._last
+        if last is not None and last[0] is candidates and last[1] is decoders:
+            return last[2]
         # By identity: endpoints are as good as constant, and slow to hash.
         key = (
-            *[id(state.endpoint) for state in ready.candidates],
-            *[-id(state.endpoint) for state in ready.decoders],
+            *[id(state.endpoint) for state in candidates],
+            *[-id(state.endpoint) for state in decoders],
         )
         pairs = self._pairs.get(key)
         if pairs is None:
             if len(self._pairs) >= _MOST_PAIRS:
                 self._pairs.clear()
-            pairs = self._pairs[key] = Pairs(ready.candidates, ready.decoders)
-        self._last = ready.candidates, ready.decoders, pairs
-        return Routes(ready, pairs, text, imposed=imposed)
+            pairs = self._pairs[key] = Pairs(candidates, decoders)
+        self._last = candidates, decoders, pairs
+        return pairs
 
     def _text(self, call: Call, fleet: FleetView) -> Text:
         """Return what is held of a prompt; while its call waits, that mostly stays the same."""
         known = self._texts.get(call.call_id)
-        if known is None or known.version != fleet.text_version:
+        if known is None:
             if len(self._texts) >= _MOST_TEXTS:
                 self._texts.clear()
             known = self._texts[call.call_id] = Text(call, fleet)
+        elif known.version != fleet.text_version:
+            known.refresh(call, fleet)
         return known
 
     def place(self, ready: Ready) -> Route | None:
@@ -380,27 +472,61 @@ class Placement:
         routes = self.routes(ready, imposed=False)
         return self.settle(routes, int(self.finish_s(routes).argmin()), ready)
 
+    def look(
+        self, calls: Sequence[Call], fleet: FleetView, forecaster: Forecaster, now_s: float
+    ) -> Ahead | None:
+        """Return the ways of waiting calls, as long as nothing is sent.
+
+        Of those that can go where the first one can; None if that is nowhere, or to endpoints of
+        which some serve calls whole and others only prefill.
+        """
+        serving = [fleet.candidates(call.model, tokens=call.least_tokens) for call in calls]
+        alike = [call for call, one in zip(calls, serving, strict=True) if one is serving[0]]
+        candidates = serving[0].entries if fleet.pooled else serving[0]
+        if not candidates or 0 < candidates.prefill.size < len(candidates):
+            return None
+        decoders = serving[0].decoders if fleet.pooled else ()
+        texts = [self._text(call, fleet) for call in alike]
+        pairs = self._ways(candidates, decoders)
+        return Ahead(alike, texts, candidates, decoders, pairs, fleet, forecaster, now_s)
+
+    def waits(self, call: Call, ahead: Ahead, way: int | None = None) -> bool:
+        """Return whether one of the calls has to wait, and keep its place if it does.
+
+        It waits for a way, or for the one of its earliest finish.
+        """
+        row = ahead.rows[call.call_id]
+        if way is None:
+            way = int(self._behind_s(ahead.own_s[row], ahead.pairs).argmin())
+        return not self._admitted(ahead.ends(row, way), call, ahead.answers[row])
+
     def finish_s(self, routes: Routes) -> Floats:
         """Return the seconds from now to the finish on each way, behind those that wait for it."""
+        return self._behind_s(routes.own_s, routes.pairs)
+
+    def _behind_s(self, own_s: Floats, pairs: Pairs) -> Floats:
         if not self._closed:
-            return routes.own_s
-        waits_s: Floats = self._booked_s[routes.pairs.ends[0]]
-        if routes.pairs.decoders.size:
-            waits_s += self._booked_s[routes.pairs.ends[1]]
-        return routes.own_s + waits_s
+            return own_s
+        waits_s: Floats = self._booked_s[pairs.ends[0]]
+        if pairs.decoders.size:
+            waits_s += self._booked_s[pairs.ends[1]]
+        waits_s += own_s
+        return waits_s
 
     def settle(self, routes: Routes, way: int, ready: Ready) -> Route | None:
         """Return a way if all its ends have room, else None, and keep the call's place there."""
-        call = ready.call
-        answer = ready.forecaster.of(call).output_tokens
-        ends = routes.ends(way)
+        answer = ready.forecaster.of(ready.call).output_tokens
+        return routes.route(way) if self._admitted(routes.ends(way), ready.call, answer) else None
+
+    def _admitted(self, ends: Ends, call: Call, answer: float) -> bool:
+        """Return whether all ends have room for a call; if not, keep its place there."""
         full = False
         for state, _ in ends:
             if not self.admits(state, _need(call, answer, state)):
                 self._closed.add(state.index)
                 full = True
         if not full:
-            return routes.route(way)
+            return True
         for state, seconds in ends:
             # Prefills follow one another; what holds slots shares them, or the KV pool.
             turns = 1.0
@@ -409,7 +535,7 @@ class Placement:
                 most = min(endpoint.max_num_seqs, endpoint.kv_tokens / _need(call, answer, state))
                 turns = max(1.0, most)
             self._booked_s[state.index] += seconds / turns
-        return None
+        return False
 
 
 def _need(call: Call, answer_tokens: float, state: EndpointState) -> float:

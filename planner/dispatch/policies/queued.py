@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, ClassVar
 
 from planner.dispatch.events import (
     Call,
@@ -28,7 +29,7 @@ from planner.dispatch.events import (
 )
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies.base import Choice, Ready, Wait, age_priority
-from planner.dispatch.policies.placement import Placement, Route
+from planner.dispatch.policies.placement import Ahead, Placement, Route
 from planner.dispatch.policies.progress import Ended, Runs
 from planner.dispatch.policies.response import first_to_last
 from planner.dispatch.view import FleetView
@@ -86,23 +87,19 @@ class Queue(ABC):
         """Return the key with the call's name, so that the order of ties is fixed."""
         return self.key(call, now_s), call.call_id
 
-    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:  # noqa: ARG002
-        """Return whether it is certain that a call, if it was offered, would have to wait.
-
-        It then keeps its place in this pass. To offer it would change nothing, but take longer.
-        """
-        return False
-
-    def _offers(self, ranked: Iterable[Call], fleet: FleetView, now_s: float) -> Iterator[Call]:
+    def _offers(self, ranked: Iterable[Call], fleet: FleetView, now_s: float) -> Iterator[Call]:  # noqa: ARG002
         for call in ranked:
-            if not self.waits(call, fleet, now_s):
-                yield call
+            yield call
             if not self.placement.open(fleet):
                 return
 
 
 class QueuedPolicy(Queue):
     """A policy that is such a queue in every fleet.
+
+    Most calls that wait go on waiting, so it looks through the queue itself, several calls at once,
+    and offers the router those that there is room for. The others keep their places, as they would
+    if they were offered.
 
     Attributes
     ----------
@@ -111,6 +108,8 @@ class QueuedPolicy(Queue):
     """
 
     name = "queued"
+    looks_ahead: ClassVar[int] = 16
+    """Calls that are looked at together; 0 offers each."""
 
     def __init__(self) -> None:
         super().__init__(Placement())
@@ -127,6 +126,10 @@ class QueuedPolicy(Queue):
         """Return where a call goes now, or None if it waits."""
         return self.placement.place(ready)
 
+    def waits(self, call: Call, ahead: Ahead) -> bool:
+        """Return whether `place` would let a call wait that was looked at with others."""
+        return self.placement.waits(call, ahead)
+
     # -- the router's side ----------------------------------------------------------------------
 
     def observe(self, event: Event, fleet: FleetView) -> None:
@@ -142,17 +145,27 @@ class QueuedPolicy(Queue):
         if ended is not None:
             self.ended(ended, event.now_s)
 
-    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:
-        """Return whether a call would have to wait, by the rule of all that do not say otherwise."""
-        if self.forecaster is None or call.call_id in self._choosy:
-            return False
-        serving = fleet.candidates(call.model, tokens=call.least_tokens)
-        candidates = serving.entries if fleet.pooled else serving
-        if not candidates:
-            return False
-        decoders = serving.decoders if fleet.pooled else ()
-        ready = Ready(call, candidates, fleet, self.forecaster, now_s, decoders)
-        return self.place(ready) is None
+    def _offers(self, ranked: Iterable[Call], fleet: FleetView, now_s: float) -> Iterator[Call]:
+        if not self.looks_ahead or self.forecaster is None:
+            yield from super()._offers(ranked, fleet, now_s)
+            return
+        queue, loads = iter(ranked), fleet.loads
+        while calls := list(islice(queue, self.looks_ahead)):
+            ahead: Ahead | None = None
+            sent = -1
+            for place, call in enumerate(calls):
+                if ahead is None or loads.total != sent:  # what was sent makes others wait longer
+                    ahead = self.placement.look(calls[place:], fleet, self.forecaster, now_s)
+                    sent = loads.total
+                if (
+                    ahead is None
+                    or call.call_id not in ahead.rows
+                    or call.call_id in self._choosy
+                    or not self.waits(call, ahead)
+                ):
+                    yield call
+                if not self.placement.open(fleet):
+                    return
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now."""

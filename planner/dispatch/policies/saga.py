@@ -97,6 +97,7 @@ class Saga(QueuedPolicy):
     """
 
     name = "saga"
+    looks_ahead = 0  # what its endpoint has no room for is not offered anyway
 
     def __init__(
         self,
@@ -284,10 +285,6 @@ class Saga(QueuedPolicy):
                 blocked = blocked or call
         if blocked is not None and self._rings(now_s):
             yield blocked  # it asks to be woken, see `choose`
-
-    def waits(self, call: Call, fleet: FleetView, now_s: float) -> bool:  # noqa: ARG002
-        """Return False: what its endpoint has no room for is not offered anyway."""
-        return False
 
     def place(self, ready: Ready) -> Route | None:
         """Return the route through the call's endpoint if that has room."""
