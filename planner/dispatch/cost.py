@@ -279,7 +279,8 @@ def waiting_costs(
 ) -> tuple[Floats, Floats]:
     """Return own and service seconds of several calls on all endpoints.
 
-    To the last bit what `fleet_costs` says of each, in less time.
+    To the last bit what `fleet_costs` says of each, in less time. The caller has advanced the
+    loads to the present.
 
     Parameters
     ----------
@@ -294,7 +295,6 @@ def waiting_costs(
         Both of shape (calls, endpoints).
     """
     loads = view.loads
-    loads.advance(now_s)
     work = loads.workspace
     cells, features, by_feature = work.cells, work.call, loads.by_feature
     results = np.empty((len(sizes), RESULTS * work.size))

@@ -292,16 +292,21 @@ class HexAGenT(QueuedPolicy):
             self.dropped += 1
         return self.placement.place(ready)
 
-    def waits(self, call: Call, ahead: Ahead) -> bool:
-        """Return whether a call waits; one is offered all the same, to ask for the coming plan."""
-        if self._coming is not None and not self._woken:
-            return False
+    def found(self, call: Call, ahead: Ahead) -> Route | None:
+        """Return the same for a call that was looked at with others."""
         entry = self._plan.get(call.call_id)
-        if entry is None:
-            return super().waits(call, ahead)
-        decode = -1 if entry.decode is None else entry.decode
-        way = ahead.pairs.places.get((entry.endpoint, decode))
-        return way is not None and self.placement.waits(call, ahead, way)
+        if entry is not None:
+            decode = -1 if entry.decode is None else entry.decode
+            way = ahead.pairs.places.get((entry.endpoint, decode))
+            if way is not None:
+                return self.placement.found(call, ahead, way)
+            del self._plan[call.call_id]
+            self.dropped += 1
+        return super().found(call, ahead)
+
+    def unseen(self, call: Call) -> bool:
+        """Return whether a call is to be offered, be it to ask for the plan that is coming."""
+        return super().unseen(call) or (self._coming is not None and not self._woken)
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now; a wait asks for the plan that is coming."""

@@ -17,6 +17,7 @@ what comes next is at hand when a slot gets free.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -257,7 +258,10 @@ class Ahead:
         Seconds from now to the finish on each way; shape (calls, ways).
     """
 
-    __slots__ = ("_candidates", "_decoders", "_first", "_rest", "answers", "own_s", "pairs", "rows")
+    __slots__ = (
+        "_cached", "_candidates", "_decoders", "_enter_s", "_first", "_rest", "answers", "own_s",
+        "pairs", "rows",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -281,7 +285,9 @@ class Ahead:
         own_s, first_s = waiting_costs(sizes, cached, fleet, now_s)
         if not candidates.whole:
             own_s, first_s = own_s[:, candidates.indices], first_s[:, candidates.indices]
+            cached = cached[:, candidates.indices]
         self.own_s, self._first = own_s, first_s
+        self._enter_s, self._cached = own_s, cached
         self._rest: Floats | None = None
         if decoders:
             rest_s, self._rest = waiting_costs(whole, None, fleet, now_s)
@@ -297,6 +303,17 @@ class Ahead:
             return (first,)
         state = self._decoders[self.pairs.decode.item(way)]
         return first, (state, self._rest.item(row, state.index))
+
+    def route(self, row: int, way: int, ends: Ends) -> Route:
+        """Return one way of a call in full."""
+        place = self.pairs.entry.item(way)
+        cost = Cost(
+            self._enter_s.item(row, place),
+            math.nan,
+            int(self._cached.item(row, place)),
+            self._first.item(row, place),
+        )
+        return Route(ends[0][0], None if len(ends) == 1 else ends[1][0], cost, ends)
 
 
 def service_s(
@@ -490,15 +507,15 @@ class Placement:
         pairs = self._ways(candidates, decoders)
         return Ahead(alike, texts, candidates, decoders, pairs, fleet, forecaster, now_s)
 
-    def waits(self, call: Call, ahead: Ahead, way: int | None = None) -> bool:
-        """Return whether one of the calls has to wait, and keep its place if it does.
-
-        It waits for a way, or for the one of its earliest finish.
-        """
+    def found(self, call: Call, ahead: Ahead, way: int | None = None) -> Route | None:
+        """Do as `place` for one of the calls; it may be told the way."""
         row = ahead.rows[call.call_id]
         if way is None:
             way = int(self._behind_s(ahead.own_s[row], ahead.pairs).argmin())
-        return not self._admitted(ahead.ends(row, way), call, ahead.answers[row])
+        ends = ahead.ends(row, way)
+        return (
+            ahead.route(row, way, ends) if self._admitted(ends, call, ahead.answers[row]) else None
+        )
 
     def finish_s(self, routes: Routes) -> Floats:
         """Return the seconds from now to the finish on each way, behind those that wait for it."""

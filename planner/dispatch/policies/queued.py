@@ -42,6 +42,10 @@ _CHANGES = (
 """Events that bring work or room; after others an offer would be answered as the last one was."""
 
 
+_LEAST_LOOKED_AT = 4
+"""Fewer calls are sooner offered than looked at together."""
+
+
 class Queue(ABC):
     """Calls wait in the order of `key`, and are offered while there is room.
 
@@ -116,6 +120,7 @@ class QueuedPolicy(Queue):
         self.runs = Runs()
         self.fleet: FleetView | None = None
         self._choosy: set[str] = set()  # calls that may not go everywhere
+        self._found: Route | None = None  # of the call that is being offered
 
     # -- what a policy of this kind says, besides its key ---------------------------------------
 
@@ -126,9 +131,13 @@ class QueuedPolicy(Queue):
         """Return where a call goes now, or None if it waits."""
         return self.placement.place(ready)
 
-    def waits(self, call: Call, ahead: Ahead) -> bool:
-        """Return whether `place` would let a call wait that was looked at with others."""
-        return self.placement.waits(call, ahead)
+    def found(self, call: Call, ahead: Ahead) -> Route | None:
+        """Return the same for a call that was looked at with others."""
+        return self.placement.found(call, ahead)
+
+    def unseen(self, call: Call) -> bool:
+        """Return whether a call is to be offered without having been looked at."""
+        return call.call_id in self._choosy
 
     # -- the router's side ----------------------------------------------------------------------
 
@@ -154,23 +163,27 @@ class QueuedPolicy(Queue):
             ahead: Ahead | None = None
             sent = -1
             for place, call in enumerate(calls):
-                if ahead is None or loads.total != sent:  # what was sent makes others wait longer
-                    ahead = self.placement.look(calls[place:], fleet, self.forecaster, now_s)
-                    sent = loads.total
-                if (
-                    ahead is None
-                    or call.call_id not in ahead.rows
-                    or call.call_id in self._choosy
-                    or not self.waits(call, ahead)
-                ):
+                if len(calls) < _LEAST_LOOKED_AT or self.unseen(call):
                     yield call
+                else:
+                    loads.advance(now_s)
+                    if ahead is None or loads.total != sent:  # others wait longer for what was sent
+                        ahead = self.placement.look(calls[place:], fleet, self.forecaster, now_s)
+                        sent = loads.total
+                    if ahead is None or call.call_id not in ahead.rows:
+                        yield call
+                    else:
+                        self._found = self.found(call, ahead)
+                        if self._found is not None:
+                            yield call
+                            self._found = None
                 if not self.placement.open(fleet):
                     return
 
     def choose(self, ready: Ready) -> Choice | Wait:
         """Return where the offered call goes now."""
         self.forecaster = ready.forecaster
-        route = self.place(ready)
+        route = self._found or self.place(ready)
         if route is None:
             return Wait("room")
         self.runs.sent(ready.call, ready.now_s)
