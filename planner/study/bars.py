@@ -131,9 +131,12 @@ def _held_to_baseline(baseline: str, most_loss: float, figures: Figures) -> list
 
 def _closed(baseline: str, figures: Figures, clairvoyants: Clairvoyants) -> list[Bar]:
     """Return how much of what clairvoyance saves almanac saves, wherever that is much."""
+    gaps = {
+        setting: sum(one.gap for one in estimates) / len(estimates)
+        for setting, estimates in clairvoyants.items()
+    }
     bars = []
-    for setting, estimates in clairvoyants.items():
-        gap = sum(one.gap for one in estimates) / len(estimates)
+    for setting, gap in gaps.items():
         difference = _difference(setting, baseline, "mean_s", figures)
         if gap > _GAP and difference is not None:
             bars.append(
@@ -146,6 +149,16 @@ def _closed(baseline: str, figures: Figures, clairvoyants: Clairvoyants) -> list
                     interval=(-100.0 * difference.high / gap, -100.0 * difference.low / gap),
                 )
             )
+    if gaps:
+        largest = max(gaps, key=lambda setting: gaps[setting])
+        open_ = Bar(
+            name=f"settings with a clairvoyant gap above {_GAP:.0%} of which almanac closes less "
+            f"than a third (largest gap {gaps[largest]:.1%}, {largest.name})",
+            value=float(sum(not bar.holds for bar in bars)),
+            unit="",
+            high=0.0,
+        )
+        bars.insert(0, open_)
     return bars
 
 

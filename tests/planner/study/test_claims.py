@@ -116,7 +116,7 @@ def test_held_against_the_baseline() -> None:
     wide = Clairvoyant(learned_s=10.0, exact_s=4.0, found_s=4.0, bound_s=1.0)
     none = replace(wide, found_s=10.0)
     bars = bars_of(study, Figures(OUTCOMES), {HERE: [wide, none], THERE: [none, none]})
-    mean, p95, closed = bars[4:]
+    mean, p95, left_open, closed = bars[4:]
     assert mean.value == pytest.approx(100 * (6.01 / 4.01 - 1), abs=0.1)
     assert (mean.high, mean.holds) == (1.0, False)
     assert THERE.name in mean.name
@@ -125,6 +125,10 @@ def test_held_against_the_baseline() -> None:
     assert closed.value == pytest.approx(50.0 / 0.3, abs=1.0)
     assert closed.holds
     assert HERE.name in closed.name
+    assert (left_open.value, left_open.holds) == (0.0, True)
+    bars = bars_of(study, Figures(OUTCOMES), {THERE: [wide]})
+    assert [bar.holds for bar in bars[6:]] == [False, False]
+    assert bars[6].value == 1.0
 
 
 def _grown(one: Outcome, latencies: list[float]) -> Outcome:
