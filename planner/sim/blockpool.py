@@ -14,7 +14,7 @@ vllm 0.33.0: vllm/v1/core/block_pool.py, kv_cache_utils.py (``FreeKVCacheBlockQu
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Protocol
@@ -211,26 +211,36 @@ class BlockPool:
 
 
 class Eviction(Protocol):
-    """Says which idle cached blocks go first."""
+    """Says which idle cached blocks go first.
 
-    def rank(self, content: int, uses: int) -> float:
-        """Return a rank when a block becomes idle; the smallest goes first, older before newer.
+    Attributes
+    ----------
+    reads_uses
+        Whether it wants to know how often content was used.
+    """
+
+    reads_uses: bool
+
+    def ranks(self, contents: Sequence[int], uses: Mapping[int, int]) -> Sequence[float]:
+        """Return the ranks of blocks that become idle; the smallest goes first, older before newer.
 
         Parameters
         ----------
-        content
-            Hash of its chain.
+        contents
+            Hashes of their chains, in the order in which they become idle.
         uses
-            How many requests have made or reused this content so far, >= 1.
+            How many requests have made or reused a content so far, >= 1; empty if unread.
         """
 
 
 class SharedLast:
     """Content that one request only has used goes before what several share; LRU in each."""
 
-    def rank(self, content: int, uses: int) -> float:  # noqa: ARG002 - the protocol's signature
+    reads_uses = True
+
+    def ranks(self, contents: Sequence[int], uses: Mapping[int, int]) -> Sequence[float]:
         """Return 0 for private content, 1 for shared."""
-        return 1.0 if uses > 1 else 0.0
+        return [1.0 if uses[content] > 1 else 0.0 for content in contents]
 
 
 class RankedPool(BlockPool):
@@ -254,26 +264,31 @@ class RankedPool(BlockPool):
     def acquire(self, hits: Sequence[Block]) -> None:
         """Use cached blocks."""
         super().acquire(hits)
-        self._uses.update(block.content for block in hits)
+        if self._eviction.reads_uses:
+            self._uses.update(block.content for block in hits)
 
     def label(self, contents: Sequence[int]) -> list[Block]:
         """Give blank blocks their hashes."""
-        self._uses.update(contents)
+        if self._eviction.reads_uses:
+            self._uses.update(contents)
         return super().label(contents)
 
     def release(self, labelled: Sequence[Block], blank: int) -> None:
         """Give back a request's blocks, last first."""
-        freed = 0
+        freed: list[Block] = []
         for block in reversed(labelled):
             block.refs -= 1
             if block.refs == 0:
-                self._stamps += 1
-                block.entries = self._stamps
-                rank = self._eviction.rank(block.content, self._uses[block.content])
-                heappush(self._heap, (rank, self._stamps, block))
-                freed += 1
-        self.idle += freed
-        self.free += freed + blank
+                freed.append(block)
+        ranks = self._eviction.ranks([block.content for block in freed], self._uses)
+        heap, stamps = self._heap, self._stamps
+        for rank, block in zip(ranks, freed, strict=True):
+            stamps += 1
+            block.entries = stamps
+            heappush(heap, (rank, stamps, block))
+        self._stamps = stamps
+        self.idle += len(freed)
+        self.free += len(freed) + blank
         if len(self._heap) > 2 * self.total:
             self._heap = [entry for entry in self._heap if self._counts(entry)]
             heapify(self._heap)

@@ -10,7 +10,7 @@ only the simulator's engines can be told; it shares what its policy has learned,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.dispatch.policies import Policy
@@ -148,18 +148,23 @@ class WaLru:
     """
 
     age, reuse, size = 0.3, 0.5, 0.2
+    reads_uses = False
 
     def __init__(self, policy: Saga) -> None:
         self._policy = policy
         self._mean = 0.0
 
-    def rank(self, content: int, uses: int) -> float:  # noqa: ARG002 - the policy knows better
+    def ranks(self, contents: Sequence[int], uses: Mapping[int, int]) -> Sequence[float]:  # noqa: ARG002 - the policy knows better
         """Return minus the eviction score, up to what is the same for all at one instant."""
-        held = self._policy.held_by(content)
-        if held is None:
-            score = self._mean
-        else:
-            reuse, size = held
-            score = self.reuse * (1.0 - reuse) + self.size * size
-            self._mean += _MEAN_WEIGHT * (score - self._mean)
-        return self.age * self._policy.now_s / _MOST_TTL_S - score
+        mean, age = self._mean, self.age * self._policy.now_s / _MOST_TTL_S
+        found: list[float] = []
+        for held in self._policy.held_by(contents):
+            if held is None:
+                score = mean
+            else:
+                reuse, size = held
+                score = self.reuse * (1.0 - reuse) + self.size * size
+                mean += _MEAN_WEIGHT * (score - mean)
+            found.append(age - score)
+        self._mean = mean
+        return found

@@ -17,6 +17,7 @@ Blocks that other runs have used too (a system prompt) are copied, but stay wher
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -115,7 +116,8 @@ class Keeper:
         self._cluster = cluster
         self._retention = retention
         self._at = at
-        self._owners: dict[tuple[int, int], str | None] = {}  # (endpoint, block) -> its only run
+        # Endpoint -> block -> its only run.
+        self._owners: defaultdict[int, dict[int, str | None]] = defaultdict(dict)
         self._pins: dict[str, tuple[int, int]] = {}  # run -> endpoint, serial
         self._open: dict[str, tuple[Idle, tuple[int, ...]]] = {}  # run -> what is asked again
         self._host: dict[tuple[str, int], tuple[int, ...]] = {}  # (run, endpoint) -> chain
@@ -141,7 +143,8 @@ class Keeper:
         run_id, index, now_s = idle.call.run_id, idle.endpoint, idle.now_s
         if fate.action == "leave":
             return
-        private = [block for block in chain if self._owners.get((index, block)) == run_id]
+        owners = self._owners[index]
+        private = [block for block in chain if owners.get(block) == run_id]
         if fate.action == "drop":
             self._cluster.engine(index).forget(private, now_s)
             return
@@ -162,10 +165,10 @@ class Keeper:
 
     def sent(self, run_id: str, index: int, chain: tuple[int, ...], now_s: float) -> int:
         """Return the leading tokens in host memory of a call sent to ``index``."""
+        owners = self._owners[index]
         for block in chain:
-            owner = self._owners.setdefault((index, block), run_id)
-            if owner != run_id:
-                self._owners[index, block] = None
+            if owners.setdefault(block, run_id) != run_id:
+                owners[block] = None
         self._cluster.stop(f"offload {run_id}", now_s)
         self._open.pop(run_id, None)
         pin = self._pins.get(run_id)
@@ -197,8 +200,7 @@ class Keeper:
             self.let_go(run_id, now_s)
         for key in [key for key in self._host if key[1] == index]:
             del self._host[key]
-        for block in [block for block in self._owners if block[0] == index]:
-            del self._owners[block]
+        self._owners.pop(index, None)
 
     def _expire(self, run_id: str, pin: tuple[int, int], now_s: float) -> None:
         if self._pins.get(run_id) == pin:

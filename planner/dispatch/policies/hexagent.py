@@ -321,14 +321,13 @@ class HexAGenT(QueuedPolicy):
 
 def _greedy(waiting: Sequence[_Waiting], states: Sequence[EndpointState]) -> dict[str, _Entry]:
     """Give the call of the largest ratio its best pair, book it, and repeat."""
-    pairs: dict[tuple[int, int], int] = {}
-    for one in waiting:
-        for pair in one.ways.pairs.indices:
-            pairs.setdefault(pair, len(pairs))
+    kinds = {id(one.ways.pairs): one.ways.pairs.indices for one in waiting}
+    names = list(dict.fromkeys(pair for indices in kinds.values() for pair in indices))
+    pairs = {pair: place for place, pair in enumerate(names)}
+    columns = {kind: [pairs[pair] for pair in indices] for kind, indices in kinds.items()}
     own_s = np.full((len(waiting), len(pairs)), np.inf)
     for row, one in enumerate(waiting):
-        own_s[row, [pairs[pair] for pair in one.ways.pairs.indices]] = one.ways.own_s
-    names = list(pairs)
+        own_s[row, columns[id(one.ways.pairs)]] = one.ways.own_s
     uses = np.array([[index in pair for index in range(len(states))] for pair in names])
     elapsed_s = np.array([one.elapsed_s for one in waiting])
     horizon_s = np.array([one.horizon_s for one in waiting])
@@ -344,7 +343,7 @@ def _greedy(waiting: Sequence[_Waiting], states: Sequence[EndpointState]) -> dic
         call, chosen = waiting[row].call, names[best[row]]
         plan[call.call_id] = _Entry(rank, chosen[0], None if chosen[1] < 0 else chosen[1])
         ways = waiting[row].ways
-        for state, seconds in ways.ends(ways.pairs.indices.index(chosen)):
+        for state, seconds in ways.ends(ways.pairs.places[chosen]):
             added_s = books.add(state, call, seconds)
             if added_s:
                 # Only what meant to go there can change its mind: waits never get shorter.

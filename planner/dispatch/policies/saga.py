@@ -48,7 +48,7 @@ from planner.dispatch.policies.placement import Alone, Route, has_room, service_
 from planner.dispatch.policies.progress import RunProgress
 from planner.dispatch.policies.queued import QueuedPolicy
 from planner.dispatch.policies.response import ResponseRatio, first_to_last
-from planner.dispatch.policies.sessions import Sessions
+from planner.dispatch.policies.sessions import NOBODY, Owner, Sessions
 from planner.dispatch.policies.sticky import affinity_key
 from planner.dispatch.view import EndpointState, FleetView
 from planner.domain.blocks import Segment
@@ -60,6 +60,7 @@ _COLD_RUNS = 30
 """Runs of a workflow before its inferred graph counts."""
 _LEAST_PROBABILITY = 0.7
 _MOST_HOMES = 100_000
+_SHARED = 1.0, 0.0
 
 
 def load(state: EndpointState, queued: int) -> float:
@@ -170,18 +171,25 @@ class Saga(QueuedPolicy):
             elif isinstance(event, RunEnded):
                 self._sessions.ended(event.run_id)
 
-    def held_by(self, item: int) -> tuple[float, float] | None:
-        """Return P_reuse and relative size of the session that holds a piece of prompt.
+    def held_by(self, items: Sequence[int]) -> list[tuple[float, float] | None]:
+        """Return P_reuse and relative size of the sessions that hold pieces of prompt.
 
-        What several runs have used is sure to be reused and counts nothing; None if no prompt has
-        held it.
+        What several runs have used is sure to be reused and counts nothing; None for what no prompt
+        has held.
         """
-        try:
-            owner = self._sessions.owner(item)
-        except KeyError:
-            return None
-        if owner is None:
-            return 1.0, 0.0
+        found: list[tuple[float, float] | None] = []
+        last: Owner | None = None
+        held: tuple[float, float] = _SHARED
+        for owner in self._sessions.owners_of(items):
+            if owner is NOBODY:
+                found.append(None)
+                continue
+            if owner is not last:  # pieces of a prompt follow one another
+                last, held = owner, _SHARED if owner is None else self._held_by(owner)
+            found.append(held)
+        return found
+
+    def _held_by(self, owner: Owner) -> tuple[float, float]:
         call = owner.call
         key = call.workflow_hash, call.site
         reuse = self._reuse.get(key)

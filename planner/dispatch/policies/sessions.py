@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from planner.dispatch.events import Call
 
-__all__ = ["Owner", "Sessions"]
+__all__ = ["NOBODY", "Owner", "Sessions"]
 
 
 @dataclass(slots=True)
@@ -23,6 +24,10 @@ class Owner:
 
     call: Call
     items: list[int] = field(default_factory=list)
+
+
+NOBODY = Owner(Call(call_id=""))
+"""Stands for the owner of text that no prompt has held."""
 
 
 class Sessions:
@@ -54,12 +59,10 @@ class Sessions:
         for item in owner.items if owner else ():
             del self._owners[item]
 
-    def owner(self, item: int) -> Owner | None:
-        """Return the only run that has used an item; None if there are several.
+    def owners_of(self, items: Iterable[int]) -> Iterator[Owner | None]:
+        """Return the only run that has used each item, None if there are several.
 
-        Raises
-        ------
-        KeyError
-            If no prompt has held it.
+        `NOBODY` for those that no prompt has held.
         """
-        return self._owners[item]
+        find = self._owners.get
+        return (find(item, NOBODY) for item in items)

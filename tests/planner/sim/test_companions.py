@@ -135,10 +135,11 @@ def test_eviction_weighs_age_reuse_and_size() -> None:
     arrive("small", "y", 100, 30)
     order = WaLru(policy)
     # b (1 - P) + g S: 0.25 + 0.2, 0.5 + 0.2, 0.5 + 0.02; text of two runs: 0.
-    found = {item: order.rank(item, 1) for item in (10, 20, 30, 1)}
+    items = (10, 20, 30, 1)
+    found = dict(zip(items, order.ranks(items, {}), strict=True))
     assert found == pytest.approx({10: -0.45, 20: -0.7, 30: -0.52, 1: 0.0})
     arrive("late", "y", 1000, 40, now_s=150.0)
-    assert order.rank(40, 1) == pytest.approx(0.15 - 0.7)
+    assert order.ranks([40], {}) == [pytest.approx(0.15 - 0.7)]
 
 
 def test_companions_come_with_their_policies_and_can_be_switched_off() -> None:

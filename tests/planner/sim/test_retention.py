@@ -1,5 +1,6 @@
 """KV between calls: kept, pinned, offloaded, dropped; eviction orders; Belady's bound."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -198,8 +199,10 @@ def test_a_policy_sees_the_call_and_the_load_only() -> None:
 class Oldest:
     """LRU as a rank, to hold the ranked pool against the plain one."""
 
-    def rank(self, content: int, uses: int) -> float:
-        return 0.0
+    reads_uses = False
+
+    def ranks(self, contents: Sequence[int], uses: object) -> Sequence[float]:
+        return [0.0] * len(contents)
 
 
 def test_rank_zero_is_lru() -> None:
