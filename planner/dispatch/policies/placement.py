@@ -37,6 +37,7 @@ __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room",
 _MOST_PAIRS = 256
 """Sets of endpoints whose ways are kept."""
 _MOST_ALONE = 16_384
+"""Shapes of calls whose time alone is kept."""
 _MOST_TEXTS = 4096
 """Calls of which it is kept what endpoints hold of their prompts."""
 
@@ -139,6 +140,8 @@ class Text:
     ----------
     version
         Of what they hold, see `planner.dispatch.view.FleetView`.
+    states
+        The endpoints; another fleet needs another text.
     cached
         See `planner.dispatch.cost.cached_tokens`.
     missing
@@ -146,10 +149,10 @@ class Text:
         (0,) without pools.
     """
 
-    __slots__ = ("cached", "missing", "version")
+    __slots__ = ("cached", "missing", "states", "version")
 
     def __init__(self, call: Call, fleet: FleetView) -> None:
-        self.version = fleet.text_version
+        self.version, self.states = fleet.text_version, fleet.states
         self.cached = cached_tokens(call.prompt_tokens, call.prefix, call.prefix_tokens, fleet)
         self.missing: Floats = np.empty(0)
         if fleet.pooled:
@@ -475,7 +478,7 @@ class Placement:
     def _text(self, call: Call, fleet: FleetView) -> Text:
         """Return what is held of a prompt; while its call waits, that mostly stays the same."""
         known = self._texts.get(call.call_id)
-        if known is None:
+        if known is None or known.states is not fleet.states:
             if len(self._texts) >= _MOST_TEXTS:
                 self._texts.clear()
             known = self._texts[call.call_id] = Text(call, fleet)

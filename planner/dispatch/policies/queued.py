@@ -158,6 +158,7 @@ class QueuedPolicy(Queue):
         if not self.looks_ahead or self.forecaster is None:
             yield from super()._offers(ranked, fleet, now_s)
             return
+        self._found = None
         queue, loads = iter(ranked), fleet.loads
         while calls := list(islice(queue, self.looks_ahead)):
             ahead: Ahead | None = None
