@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from planner.dispatch.events import Call, CallArrived
+from planner.dispatch.events import Call, CallArrived, Send
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies import make_policy
 from planner.dispatch.router import Router
@@ -47,17 +47,23 @@ def test_same_decisions(name: str, setting: Setting, monkeypatch: pytest.MonkeyP
 
 
 def test_a_fleet_that_grows_while_calls_wait() -> None:
-    """What was kept of waiting calls is of the old fleet; the new endpoint takes one of them."""
+    """What was kept of calls that wait for a fast endpoint is of the old fleet; a new one comes."""
     one = Setting(load=0.5).make_fleet().endpoints[0]
-    small = replace(one, id=EndpointId("a"), max_num_seqs=1)
+    fast = replace(one, id=EndpointId("fast"), max_num_seqs=1)
+    slow = replace(one, id=EndpointId("slow"), latency=replace(one.latency, scale=1e4))
     router = Router(
-        Fleet(name="one", endpoints=(small,)), make_policy("fcfs_call"), Forecaster(EstimateTable())
+        Fleet(name="two", endpoints=(fast, slow)),
+        make_policy("fcfs_call"),
+        Forecaster(EstimateTable()),
     )
     for n in range(8):
         call = Call(call_id=f"r/{n}", prompt_tokens=64, prefix=(1, 2, 3 + n), ready_s=0.1 * n)
         router.handle(CallArrived(call=call, now_s=0.1 * n))
     assert router.held == 7
-    router.refit(Fleet(name="two", endpoints=(small, replace(small, id=EndpointId("b")))))
+    other = replace(fast, id=EndpointId("other"))
+    router.refit(Fleet(name="three", endpoints=(fast, slow, other)))
     call = Call(call_id="r/8", prompt_tokens=64, prefix=(1, 2, 11), ready_s=1.0)
     commands = router.handle(CallArrived(call=call, now_s=1.0))
-    assert [one.call_id for one in commands if hasattr(one, "endpoint")] == ["r/1"]
+    assert [(one.call_id, one.endpoint) for one in commands if isinstance(one, Send)] == [
+        ("r/1", 2)
+    ]
