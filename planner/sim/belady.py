@@ -16,10 +16,11 @@ L. A. Belady, A study of replacement algorithms for a virtual-storage computer, 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
 from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
 from planner.domain.fleet import Fleet
@@ -33,6 +34,7 @@ __all__ = [
     "Prompt",
     "belady_hits",
     "cost_ratios",
+    "leading",
     "lru_hits",
     "recorded_prompts",
 ]
@@ -145,42 +147,62 @@ def _first_uses(prompts: Sequence[Prompt]) -> int:
     seen: set[int] = set()
     count = 0
     for prompt in prompts:
-        count += sum(block not in seen for block in prompt.blocks[: prompt.sought])
-        seen.update(prompt.blocks)
+        known = leading(prompt.blocks, seen)
+        count += max(0, prompt.sought - known)
+        seen.update(prompt.blocks[known:])
     return count
 
 
 def belady_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
     """Return the hits of a cache of ``capacity`` blocks (>= 0) that knows the future."""
-    # Each block of a prompt has an instant of its own, so that of two blocks used together next the
-    # later in the prompt counts as farther away.
-    next_uses: list[int | None] = []
-    following: dict[int, int] = {}
-    instant = -sum(len(prompt.blocks) for prompt in prompts)
-    for prompt in reversed(prompts):
-        for block in reversed(prompt.blocks):
-            next_uses.append(following.get(block))
-            following[block] = instant
-            instant += 1
-    next_uses.reverse()
-    after = iter(next_uses)
-    held: dict[int, int] = {}  # block -> next use, counted down: the least is the farthest
-    farthest: list[tuple[int, int]] = []
+    after = _next_uses(prompts)
+    held: set[int] = set()
+    # Blocks with the same next use, of which the last in the prompt goes first: minus the number
+    # of the prompt that uses them, minus their end, their start, and a prompt that has them.
+    farthest: list[tuple[int, int, int, int]] = []
     hits = sought = 0
-    for prompt in prompts:
-        hits += _leading(prompt, held)
+    for number, (prompt, runs) in enumerate(zip(prompts, after, strict=True)):
+        hits += leading(prompt.blocks[: prompt.sought], held)
         sought += prompt.sought
-        for block, next_use in zip(prompt.blocks, after, strict=False):
-            if next_use is None:
-                held.pop(block, None)  # the first that would go
-            else:
-                held[block] = next_use
-                heappush(farthest, (next_use, block))
+        start = 0
+        for next_use, end in runs:
+            held.update(prompt.blocks[start:end])
+            heappush(farthest, (-next_use, -end, start, number))
+            start = end
+        held.difference_update(prompt.blocks[start:])  # the first that would go
+        # What has been used since it was put there lies behind all that has not.
         while len(held) > capacity:
-            next_use, block = heappop(farthest)
-            if held.get(block) == next_use:
-                del held[block]
+            next_use, minus_end, start, owner = farthest[0]
+            end = -minus_end
+            left = max(start, end - (len(held) - capacity))
+            held.difference_update(prompts[owner].blocks[left:end])
+            if left > start:
+                heapreplace(farthest, (next_use, -left, start, owner))
+            else:
+                heappop(farthest)
     return CacheHits(hits, sought)
+
+
+def _next_uses(prompts: Sequence[Prompt]) -> list[list[tuple[int, int]]]:
+    """Return for each prompt which of the next ones uses its blocks next, and up to where.
+
+    In order of the blocks, and so of the prompts that use them; behind the last one are those that
+    are used no more.
+    """
+    found: list[list[tuple[int, int]]] = []
+    following: dict[int, int] = {}  # block -> prompt
+    for number in reversed(range(len(prompts))):
+        blocks = prompts[number].blocks
+        runs: list[tuple[int, int]] = []
+        start, most = 0, leading(blocks, following)
+        while start < most:
+            next_use = following[blocks[start]]
+            start = bisect_right(blocks, next_use, start, most, key=following.__getitem__)
+            runs.append((next_use, start))
+        found.append(runs)
+        following.update(dict.fromkeys(blocks, number))
+    found.reverse()
+    return found
 
 
 def lru_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
@@ -188,7 +210,7 @@ def lru_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
     held: OrderedDict[int, None] = OrderedDict()
     hits = sought = 0
     for prompt in prompts:
-        hits += _leading(prompt, held)
+        hits += leading(prompt.blocks[: prompt.sought], held)
         sought += prompt.sought
         # As vLLM frees: the tail first, so that a prefix outlives it.
         for block in reversed(prompt.blocks):
@@ -199,8 +221,6 @@ def lru_hits(prompts: Sequence[Prompt], capacity: int) -> CacheHits:
     return CacheHits(hits, sought)
 
 
-def _leading(prompt: Prompt, held: Mapping[int, object]) -> int:
-    for position, block in enumerate(prompt.blocks[: prompt.sought]):
-        if block not in held:
-            return position
-    return prompt.sought
+def leading(blocks: Sequence[int], held: Container[int]) -> int:
+    """Return how many leading blocks of a chain are held, where none is without those before it."""
+    return bisect_left(blocks, True, key=lambda block: block not in held)

@@ -52,7 +52,7 @@ import numpy as np
 
 from planner.domain.errors import IllegalEvent, InvalidInput
 from planner.domain.fleet import Endpoint
-from planner.sim.blockpool import Block, BlockPool, Eviction, RankedPool
+from planner.sim.blockpool import BlockPool, Eviction, Holding, RankedPool
 from planner.sim.steptime import Batch, StepTime
 
 __all__ = [
@@ -242,7 +242,7 @@ class _Call:
         While it decodes: engine tick after its last token.
     hashes
         Those of the request, or () without prefix caching.
-    blocks
+    held
         Its blocks with a hash, from the first one on.
     remote
         Leading tokens that may yet be pulled.
@@ -251,7 +251,7 @@ class _Call:
     """
 
     __slots__ = (
-        "blocks", "computed", "hashes", "known", "last_tick", "offset", "remote", "request",
+        "computed", "hashes", "held", "known", "last_tick", "offset", "remote", "request",
         "serial", "spare", "state",
     )  # fmt: skip
 
@@ -264,7 +264,7 @@ class _Call:
         self.offset = 0
         self.last_tick = 0
         self.hashes = hashes
-        self.blocks: list[Block] = []
+        self.held = Holding()
         self.remote = request.remote_tokens
         self.spare = 0
 
@@ -436,8 +436,8 @@ class Engine:
         self._pulled: deque[_Call] = deque()  # have their KV and blocks, wait for a slot
         self._stalled = False  # nothing runs and the head waits for blocks held for others
         # Blocks held for others, by name: with a hash, and how many more.
-        self._kept: dict[str, tuple[list[Block], int]] = {}
-        self._pins: dict[str, list[Block]] = {}  # oldest first
+        self._kept: dict[str, tuple[Holding, int]] = {}
+        self._pins: dict[str, Holding] = {}  # oldest first
         self._serials = 0
         self.num_running = 0
         self.num_waiting = 0
@@ -534,7 +534,7 @@ class Engine:
         """Return how many tokens of a prompt the prefix cache holds now; takes nothing."""
         if self._steps > 1:
             self._take(self._started(self.now_s))
-        return len(self._pool.lookup(block_hashes, len(block_hashes))) * self.config.block_tokens
+        return self._pool.lookup(block_hashes, len(block_hashes)).blocks * self.config.block_tokens
 
     # -- what can be done ------------------------------------------------------------------
 
@@ -609,7 +609,7 @@ class Engine:
         call.remote = 0
         if ok:
             full = call.computed // self.config.block_tokens
-            call.blocks += self._pool.label(call.hashes[len(call.blocks) : full])
+            self._pool.label(call.held, call.hashes[call.held.blocks : full])
             self._pulled.append(call)
         else:
             self._stop_pulling(call)
@@ -642,7 +642,7 @@ class Engine:
         if old is not None:
             self._pool.release(old, 0)
         self._pins[name] = hits
-        return len(hits)
+        return hits.blocks
 
     def unpin(self, name: str, now_s: float) -> bool:
         """Let a pinned prefix be evicted again; False if there is no such pin (any more)."""
@@ -847,23 +847,20 @@ class Engine:
             call = waiting[0][3]
             known = call.known
             # At least one token is computed, so that there is something to sample from.
-            hits = pool.lookup(call.hashes, (known - 1) // size) if call.hashes else []
-            held = len(hits)
+            hits = pool.lookup(call.hashes, (known - 1) // size)
+            held = hits.blocks
             cached = held * size
             chunk = min(known - cached, budget)
             pulls = min(call.remote, known - 1) > cached
             reach = known if config.reserve_full_isl or pulls else cached + chunk
-            need = -(-reach // size) - held
-            for block in hits:
-                if block.refs == 0:
-                    need += 1
+            need = -(-reach // size) - held + hits.idle
             if self.num_running:
                 need += self._watermark_blocks
             if need > pool.free:
                 return self._may_gain(call, held)
             heappop(waiting)
             pool.acquire(hits)
-            call.blocks = hits
+            call.held = hits
             if config.prefix_caching and call.request.first_scheduled_s is None:
                 self.prefix_queries_total += known
                 self.prefix_hits_total += cached
@@ -897,7 +894,7 @@ class Engine:
         """Take all blocks of a call whose first ``cached`` tokens are here, and ask for KV."""
         size = self.config.block_tokens
         total = -(-call.known // size)
-        self._pool.take(total - len(call.blocks))
+        self._pool.take(total - call.held.blocks)
         # At least one token is computed here, as after a prefix hit.
         call.computed = min(call.remote, call.known - 1)
         call.spare = total - -(-call.computed // size)
@@ -910,8 +907,8 @@ class Engine:
         self.num_waiting -= 1
         self.queued_prefill_tokens -= call.known - call.computed
         held = -(-call.known // self.config.block_tokens)
-        self._pool.release(call.blocks, held - len(call.blocks))
-        call.blocks = []
+        self._pool.release(call.held, held - call.held.blocks)
+        call.held = Holding()
         call.spare = 0
         call.remote = 0
 
@@ -934,7 +931,7 @@ class Engine:
         self.queued_prefill_tokens -= chunk
         if call.hashes:
             full = computed // self.config.block_tokens
-            call.blocks += self._pool.label(call.hashes[len(call.blocks) : full])
+            self._pool.label(call.held, call.hashes[call.held.blocks : full])
         if computed == call.known:
             self._prefilled.append(call)
             self._partial = None
@@ -1082,7 +1079,7 @@ class Engine:
         if rest == 0:
             group = self._growing[call.offset % size]
             if call in group:
-                call.blocks += self._pool.label(call.hashes[filled - 1 : filled])
+                self._pool.label(call.held, call.hashes[filled - 1 : filled])
                 if filled == len(call.hashes):
                     del group[call]
 
@@ -1129,7 +1126,7 @@ class Engine:
             self._decodes += 1
             self._context += call.computed + 1
             self._phases[offset % size] += 1
-            if len(call.hashes) > len(call.blocks):
+            if len(call.hashes) > call.held.blocks:
                 self._growing[offset % size][call] = None
             if call.last_tick == tick:
                 self._finish(call, now_s, events)
@@ -1176,12 +1173,12 @@ class Engine:
                 call.known = computed + 1
                 call.request.generated_tokens = computed + 1 - call.request.prompt_tokens
             computed += in_flight
-        blank = -(-computed // size) - len(call.blocks) + call.spare
+        blank = -(-computed // size) - call.held.blocks + call.spare
         if keep:
-            self._kept[call.request.request_id] = (call.blocks, blank)
+            self._kept[call.request.request_id] = (call.held, blank)
         else:
-            self._pool.release(call.blocks, blank)
-        call.blocks = []
+            self._pool.release(call.held, blank)
+        call.held = Holding()
         call.spare = call.remote = 0
         call.serial = -1
         del self._running[call]

@@ -15,7 +15,7 @@ from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
 from planner.metrics import RunMetrics, summarise
-from planner.sim.belady import cost_ratios
+from planner.sim.belady import cost_ratios, leading
 from planner.sim.experiment import World, mean_latency_s
 from planner.sim.kernel import simulate
 
@@ -266,12 +266,12 @@ def refilled_tokens(
         task = tasks[call.call_id.partition("#")[0]]
         chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
         seen = held.setdefault(call.prefill_endpoint or call.endpoint, set())
+        known = leading(chain, seen)
         if call.run_id not in left_out:
             # The last prompt token is always computed.
-            prompt = chain[: (call.prompt_tokens - 1) // BLOCK_TOKENS]
-            known = sum(1 for block in prompt if block in seen) * BLOCK_TOKENS
-            refilled += max(0, known - (call.cached_tokens or 0))
-        seen.update(chain)
+            before = min(known, (call.prompt_tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
+            refilled += max(0, before - (call.cached_tokens or 0))
+        seen.update(chain[known:])
     return refilled
 
 

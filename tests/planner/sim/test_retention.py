@@ -18,7 +18,7 @@ from planner.domain.latency import LatencyRow
 from planner.domain.run import RunSpec, Task
 from planner.domain.trace import CallRecord
 from planner.sim.belady import Prompt, belady_hits, lru_hits, recorded_prompts
-from planner.sim.blockpool import RankedPool, SharedLast
+from planner.sim.blockpool import Holding, RankedPool, SharedLast
 from planner.sim.kernel import simulate
 from planner.sim.retention import Fate, FixedRetention, Idle
 
@@ -226,16 +226,19 @@ def test_shared_content_outlives_private_content() -> None:
     """Block 1 is older than block 2, but two requests have used it: block 2 goes first."""
     pool = RankedPool(2, SharedLast())
     pool.take(1)
-    shared = pool.label([1])
-    pool.acquire(pool.lookup([1], 1))
+    shared, private = Holding(), Holding()
+    pool.label(shared, [1])
+    again = pool.lookup([1], 1)
+    pool.acquire(again)
     pool.release(shared, 0)
-    pool.release(shared, 0)
+    pool.release(again, 0)
     pool.take(1)
-    pool.release(pool.label([2]), 0)
+    pool.label(private, [2])
+    pool.release(private, 0)
     pool.take(1)
-    assert len(pool.lookup([1], 1)) == 1
-    assert pool.lookup([2], 1) == []
-    pool.release([], 1)
+    assert pool.lookup([1], 1).blocks == 1
+    assert pool.lookup([2], 1).blocks == 0
+    pool.release(Holding(), 1)
     assert pool.clear()
     assert (pool.free, pool.idle) == (2, 0)
 
@@ -244,8 +247,13 @@ def test_shared_content_outlives_private_content() -> None:
 
 
 def prompts(*texts: str) -> list[Prompt]:
-    """Return prompts of one block per letter, all looked for; equal letters are equal blocks."""
-    return [Prompt(tuple(map(ord, text)), len(text)) for text in texts]
+    """Return prompts of one block per letter, all looked for; equal beginnings are equal blocks."""
+    return [
+        Prompt(
+            tuple(int(text[:end].encode().hex(), 16) for end in range(1, len(text) + 1)), len(text)
+        )
+        for text in texts
+    ]
 
 
 def test_belady_keeps_what_is_used_next() -> None:
