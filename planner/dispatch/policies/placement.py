@@ -492,6 +492,19 @@ class Placement:
         routes = self.routes(ready, imposed=False)
         return self.settle(routes, int(self.finish_s(routes).argmin()), ready)
 
+    def full(self, ready: Ready, state: EndpointState) -> bool:
+        """Return whether the only endpoint that a call may go to has no room for it.
+
+        No call after it goes there in this pass. Most that wait are asked for many times before
+        they are sent, and there is no need to know when they would end.
+        """
+        ready.fleet.loads.advance(ready.now_s)
+        answer = ready.forecaster.of(ready.call).output_tokens
+        if self.admits(state, _need(ready.call, answer, state)):
+            return False
+        self._closed.add(state.index)
+        return True
+
     def look(
         self, calls: Sequence[Call], fleet: FleetView, forecaster: Forecaster, now_s: float
     ) -> Ahead | None:

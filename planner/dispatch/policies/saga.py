@@ -304,6 +304,8 @@ class Saga(QueuedPolicy):
             self._queued[chosen.index] += 1
         self._target[call.call_id] = chosen.index
         self._settle(affinity_key(call), chosen.index)
+        if chosen.endpoint.role == "both" and self.placement.full(ready, chosen):
+            return None
         fleet = ready.fleet
         candidates = fleet.only(chosen.index)
         route = self.placement.place(
