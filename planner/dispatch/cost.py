@@ -159,8 +159,8 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
     slots = endpoint.max_num_seqs
     # Where the KV pool holds fewer calls of the present size than there are slots, it is the limit.
     mean_context = (state.context_tokens + prompt + output) / (calls + 1)
-    if mean_context * slots > endpoint.kv_tokens:
-        slots = max(1, int(endpoint.kv_tokens / mean_context))
+    if mean_context * slots > state.kv_tokens:
+        slots = max(1, int(state.kv_tokens / mean_context))
     slope_s = row.scale * row.decode_us_per_call * 1e-6
     kv_s = row.scale * row.decode_ns_per_kv_token * 1e-9
     context_each = state.context_tokens / calls if calls else 0.0

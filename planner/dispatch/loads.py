@@ -287,14 +287,14 @@ class Loads:
         base = later = turn = 0.0
         if calls < slots:
             step = fixed + slope * (calls + 1) + per_kv * context
-            room = endpoint.kv_tokens - context
+            room = state.kv_tokens - context
             if not calls:
                 base = seconds.base
                 room = math.inf
             self.imposed[:, index] = self._delay[index]
         else:
             step = fixed + slope * slots + per_kv * (slots - 1) * context / calls
-            room = endpoint.kv_tokens * (calls + 1) / slots - context
+            room = state.kv_tokens * (calls + 1) / slots - context
             later = (calls + 1 - slots) / slots
             turn = self.turn_tokens(state, slots)
             self.imposed[:-2, index] = 0.5 * self._delay[index, 2:]

@@ -71,13 +71,13 @@ class EndpointState:
         Prompt tokens plus predicted output of all residents (KV they will need).
     criticality
         Sum of the residents' criticality.
-    most_tokens
-        Longest sequence (prompt and output) the endpoint can hold.
+    kv_tokens, most_tokens
+        KV cache of the endpoint, and the longest sequence (prompt and output) it can hold.
     """
 
     __slots__ = (
         "_healthy", "_latency", "_view", "context_tokens", "criticality", "decoding", "endpoint",
-        "in_flight", "index", "most_tokens", "prefill_tokens", "prefix", "residents",
+        "in_flight", "index", "kv_tokens", "most_tokens", "prefill_tokens", "prefix", "residents",
     )  # fmt: skip
 
     def __init__(self, index: int, endpoint: Endpoint, latency: LatencyRow) -> None:
@@ -86,9 +86,8 @@ class EndpointState:
         self._latency = latency
         self._healthy = True
         self._view: FleetView | None = None
-        # vLLM keeps one block for itself.
-        self.most_tokens = min(endpoint.max_model_len, endpoint.kv_tokens - endpoint.block_tokens)
-        self.prefix = PrefixIndex(endpoint.kv_tokens)
+        self._learn_size(endpoint)
+        self.prefix = PrefixIndex(self.kv_tokens)
         self.residents: dict[str, Resident] = {}
         self.in_flight = 0
         self.prefill_tokens = 0.0
@@ -135,9 +134,14 @@ class EndpointState:
         if changed:
             self.latency = endpoint.latency
         self.endpoint = endpoint
-        self.most_tokens = min(endpoint.max_model_len, endpoint.kv_tokens - endpoint.block_tokens)
-        self.prefix.capacity_tokens = endpoint.kv_tokens
+        self._learn_size(endpoint)
+        self.prefix.capacity_tokens = self.kv_tokens
         return changed
+
+    def _learn_size(self, endpoint: Endpoint) -> None:
+        self.kv_tokens = endpoint.kv_tokens
+        # vLLM keeps one block for itself.
+        self.most_tokens = min(endpoint.max_model_len, self.kv_tokens - endpoint.block_tokens)
 
     def add(self, resident: Resident) -> None:
         """Count a call just sent."""

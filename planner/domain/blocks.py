@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
-__all__ = ["BLOCK_TOKENS", "Segment", "block_hashes", "kept_block_hashes", "total_tokens"]
+__all__ = ["BLOCK_TOKENS", "Segment", "block_hashes", "total_tokens"]
 
 BLOCK_TOKENS = 16
 """Tokens per KV block, vLLM's default."""
@@ -85,13 +84,3 @@ def block_hashes(
                 pieces.clear()
                 room = block_tokens
     return tuple(chain)
-
-
-@lru_cache(maxsize=8192)
-def kept_block_hashes(segments: tuple[Segment, ...]) -> tuple[int, ...]:
-    """Return `block_hashes` of a text, kept for those who ask again for the same one.
-
-    For simulations, whose calls are looked at by the kernel, by the figures and by every policy
-    that is compared on the same runs. A few kilobytes each.
-    """
-    return block_hashes(segments)

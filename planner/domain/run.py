@@ -6,10 +6,10 @@ built from them piece by piece as a run unfolds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from planner.domain.blocks import Segment, total_tokens
+from planner.domain.blocks import Segment, block_hashes, total_tokens
 from planner.domain.errors import WorkflowError
 from planner.domain.ids import NodeId, RunId, SiteId, WorkflowHash
 
@@ -62,6 +62,7 @@ class Task:
     delay_s: float = 0.0
     visit: int = 0
     outcomes: tuple[tuple[str, str], ...] = ()
+    _chain: tuple[int, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if any(pred >= self.index or pred < 0 for pred in self.preds):
@@ -83,6 +84,18 @@ class Task:
     def prompt_tokens(self) -> int:
         """Prompt length in tokens."""
         return total_tokens(self.prompt)
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        """Hashes of the full blocks of prompt and answer; see `planner.domain.blocks`.
+
+        Reckoned once: a simulation, its figures and every policy compared on the same runs ask.
+        """
+        if self._chain is None:
+            chain = block_hashes((*self.prompt, Segment(self.output_key, self.output_tokens)))
+            object.__setattr__(self, "_chain", chain)
+            return chain
+        return self._chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

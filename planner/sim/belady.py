@@ -21,8 +21,9 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
+from itertools import repeat
 
-from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
+from planner.domain.blocks import BLOCK_TOKENS
 from planner.domain.fleet import Fleet
 from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
@@ -90,8 +91,7 @@ def recorded_prompts(
         split = call.prefill_endpoint is not None
         answer = 0 if split else task.output_tokens - 1  # the last token's KV is not computed
         # The chain of a text begins with those of its beginnings.
-        chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
-        chain = chain[: (task.prompt_tokens + answer) // BLOCK_TOKENS]
+        chain = task.chain[: (task.prompt_tokens + answer) // BLOCK_TOKENS]
         where = call.prefill_endpoint or call.endpoint
         prompts.setdefault(where, []).append(
             Prompt(chain, (task.prompt_tokens - 1) // BLOCK_TOKENS)
@@ -200,7 +200,7 @@ def _next_uses(prompts: Sequence[Prompt]) -> list[list[tuple[int, int]]]:
             start = bisect_right(blocks, next_use, start, most, key=following.__getitem__)
             runs.append((next_use, start))
         found.append(runs)
-        following.update(dict.fromkeys(blocks, number))
+        following.update(zip(blocks, repeat(number), strict=False))
     found.reverse()
     return found
 

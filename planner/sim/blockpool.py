@@ -21,6 +21,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import repeat
 from typing import Protocol
 
 __all__ = ["BlockPool", "Eviction", "Holding", "RankedPool", "SharedLast", "Span"]
@@ -101,7 +102,7 @@ class BlockPool:
         Cached blocks nobody uses.
     """
 
-    __slots__ = ("_cached", "_queue", "free", "idle", "total")
+    __slots__ = ("_cached", "_gaps", "_queue", "free", "idle", "total")
 
     def __init__(self, blocks: int) -> None:
         self.total = blocks
@@ -112,6 +113,9 @@ class BlockPool:
         # Idle spans, oldest first. A span that is used again leaves its entry behind, which is
         # cheaper than taking it out of the middle.
         self._queue: deque[Span] = deque()
+        # Whether a block may be cached without those before it in its chain. What uses a block
+        # uses those too and frees them later, so they go later; unless they are forgotten.
+        self._gaps = False
 
     def __repr__(self) -> str:
         return f"BlockPool(total={self.total}, free={self.free}, cached={len(self._cached)})"
@@ -185,6 +189,7 @@ class BlockPool:
 
     def forget(self, contents: Sequence[int]) -> int:
         """Make the idle blocks of these contents blank, twins included; return how many."""
+        self._gaps = True
         dropped = done = 0
         while done < len(contents):
             content = contents[done]
@@ -219,7 +224,9 @@ class BlockPool:
         cached, count = self._cached, len(contents)
         if not count:
             return
-        if not cached.keys().isdisjoint(contents):
+        # Without gaps, what is not cached at first is not cached later on.
+        known = not cached.keys().isdisjoint(contents) if self._gaps else contents[0] in cached
+        if known:
             for content in contents:
                 self._label_twin(holding, content)
             return
@@ -233,7 +240,7 @@ class BlockPool:
         span.contents += contents
         sizes[-1] += count
         holding.blocks += count
-        cached.update(dict.fromkeys(contents, span))
+        cached.update(zip(contents, repeat(span), strict=False))
 
     def release(self, holding: Holding, blank: int) -> None:
         """Give back a request's blocks, last first, so that a prefix outlives its tail.
@@ -292,7 +299,7 @@ class BlockPool:
         del contents[:size]
         if span.refs:
             head.before, span.before = span.before, head
-        self._cached.update(dict.fromkeys(head.contents, head))
+        self._cached.update(zip(head.contents, repeat(head), strict=False))
         return head
 
     def _set_apart(self, span: Span, size: int) -> Span:
@@ -412,6 +419,7 @@ class RankedPool(BlockPool):
     def __init__(self, blocks: int, eviction: Eviction) -> None:
         super().__init__(blocks)
         self._eviction = eviction
+        self._gaps = True
         self._heap: list[tuple[float, int, Span]] = []
         self._stamps = 0
         self._uses: Counter[int] = Counter()

@@ -25,6 +25,10 @@ step that finds no blocks, or at the boundary after something arrives. Its end i
 form, because the time of a decode step is a line in the context. The cost of a simulation thus
 grows with arrivals, prefill chunks, finishes and preemptions, not with tokens.
 
+The blocks that a decoding call fills get their hash late: when it leaves, or when somebody looks
+for one of them. What is found is the same. Only where two calls write the same text at the same
+time would it matter whose block came first; an engine that has seen this labels at once.
+
 Since a step's token budget covers every slot (checked), all decoding calls get their token in
 each step, and at most one running call, the last admitted, is in the middle of its prefill.
 
@@ -242,6 +246,8 @@ class _Call:
         While it decodes: engine tick after its last token.
     hashes
         Those of the request, or () without prefix caching.
+    answer
+        The first block that ends in its answer.
     held
         Its blocks with a hash, from the first one on.
     remote
@@ -251,12 +257,13 @@ class _Call:
     """
 
     __slots__ = (
-        "computed", "hashes", "held", "known", "last_tick", "offset", "remote", "request",
+        "answer", "computed", "hashes", "held", "known", "last_tick", "offset", "remote", "request",
         "serial", "spare", "state",
     )  # fmt: skip
 
-    def __init__(self, request: EngineRequest, hashes: tuple[int, ...]) -> None:
+    def __init__(self, request: EngineRequest, hashes: tuple[int, ...], answer: int) -> None:
         self.request = request
+        self.answer = answer
         self.state = _WAITING
         self.known = request.prompt_tokens
         self.serial = -1
@@ -358,6 +365,7 @@ class Engine:
     """
 
     __slots__ = (
+        "_alike",
         "_boundary_s",
         "_context",
         "_cv",
@@ -381,6 +389,8 @@ class Engine:
         "_running",
         "_scale",
         "_serials",
+        "_shift",
+        "_spread",
         "_stalled",
         "_start_s",
         "_steps",
@@ -421,6 +431,8 @@ class Engine:
         self.now_s = 0.0
         self._rng = rng
         self._cv = noise_cv
+        variance = math.log1p(noise_cv * noise_cv)
+        self._spread, self._shift = math.sqrt(variance), 0.5 * variance
         self._scale = 1.0
         self._pool = (
             BlockPool(config.kv_blocks - 1)
@@ -448,7 +460,8 @@ class Engine:
         self._decodes = 0
         self._context = 0  # sum of (computed + 1)
         self._phases = [0] * config.block_tokens  # calls by offset modulo block size
-        self._growing: list[dict[_Call, None]] = [{} for _ in self._phases]  # have hashes
+        self._growing: dict[_Call, None] = {}  # will fill blocks that get a hash
+        self._alike = False  # whether two running calls have ever written the same text
         self._finishes: list[tuple[int, int, _Call]] = []  # heap: tick, serial
 
         # The planned stretch: `_steps` steps from `_start_s`; 0 when none is planned. `_done` are
@@ -534,7 +547,7 @@ class Engine:
         """Return how many tokens of a prompt the prefix cache holds now; takes nothing."""
         if self._steps > 1:
             self._take(self._started(self.now_s))
-        return self._pool.lookup(block_hashes, len(block_hashes)).blocks * self.config.block_tokens
+        return self._lookup(block_hashes, len(block_hashes)).blocks * self.config.block_tokens
 
     # -- what can be done ------------------------------------------------------------------
 
@@ -552,7 +565,8 @@ class Engine:
         self._check(request)
         self._check_instant(now_s)
         idle = not self._busy()
-        call = _Call(request, request.block_hashes if self.config.prefix_caching else ())
+        hashes = request.block_hashes if self.config.prefix_caching else ()
+        call = _Call(request, hashes, request.prompt_tokens // self.config.block_tokens)
         self._live[request.request_id] = call
         self._queue(call)
         if idle:
@@ -608,8 +622,9 @@ class Engine:
         self._settle(now_s)
         call.remote = 0
         if ok:
-            full = call.computed // self.config.block_tokens
-            self._pool.label(call.held, call.hashes[call.held.blocks : full])
+            if not self._alike:
+                self._compare(call)
+            self._label(call, call.computed // self.config.block_tokens)
             self._pulled.append(call)
         else:
             self._stop_pulling(call)
@@ -636,7 +651,7 @@ class Engine:
         """
         self._check_instant(now_s)
         self._settle(now_s)
-        hits = self._pool.lookup(block_hashes, len(block_hashes))
+        hits = self._lookup(block_hashes, len(block_hashes))
         self._pool.acquire(hits)
         old = self._pins.pop(name, None)
         if old is not None:
@@ -757,7 +772,8 @@ class Engine:
             partial = self._partial
         else:
             pool.take(need)
-            self._label(self._tick, self._tick + 1)
+            if self._alike:
+                self._label_filled(self._tick + 1)
         self._taken = 1
 
         budget = config.max_num_batched_tokens - self._decodes
@@ -847,7 +863,7 @@ class Engine:
             call = waiting[0][3]
             known = call.known
             # At least one token is computed, so that there is something to sample from.
-            hits = pool.lookup(call.hashes, (known - 1) // size)
+            hits = self._lookup(call.hashes, (known - 1) // size)
             held = hits.blocks
             cached = held * size
             chunk = min(known - cached, budget)
@@ -882,6 +898,8 @@ class Engine:
         self._serials += 1
         call.serial = self._serials
         call.state = _PREFILLING
+        if not self._alike:
+            self._compare(call)
         self._running[call] = None
         self.num_running += 1
         request = call.request
@@ -930,8 +948,7 @@ class Engine:
         call.computed = computed
         self.queued_prefill_tokens -= chunk
         if call.hashes:
-            full = computed // self.config.block_tokens
-            self._pool.label(call.held, call.hashes[call.held.blocks : full])
+            self._label(call, min(computed // self.config.block_tokens, len(call.hashes)))
         if computed == call.known:
             self._prefilled.append(call)
             self._partial = None
@@ -945,9 +962,7 @@ class Engine:
         missing = head.hashes[held]
         # Equal hashes mean equal prefixes, so the block has the same position in both.
         return any(
-            len(call.hashes) > held and call.hashes[held] == missing
-            for group in self._growing
-            for call in group
+            len(call.hashes) > held and call.hashes[held] == missing for call in self._growing
         )
 
     def _stretch(self) -> int:
@@ -1005,8 +1020,8 @@ class Engine:
                     break
             else:
                 pool.take(need)
-                if call is not self._partial:
-                    self._label_one(call, tick)
+                if self._alike and call in self._growing:
+                    self._label(call, self._filled(call, tick + 1))
                 position += 1
         return chunk
 
@@ -1042,7 +1057,8 @@ class Engine:
         if upto > first:
             done = self._done
             self._pool.take(self._blocks_for(first - done, upto - done))
-            self._label(self._tick + first - done, self._tick + upto - done)
+            if self._alike:
+                self._label_filled(self._tick + upto - done)
             self._taken = upto
 
     def _blocks_for(self, first: int, last: int) -> int:
@@ -1060,28 +1076,51 @@ class Engine:
                 need += sum(phases[start:]) + sum(phases[: end - size])
         return need
 
-    def _label(self, first_tick: int, last_tick: int) -> None:
-        """Label the blocks that decoding calls fill in the ticks [first, last)."""
-        growing = self._growing
-        size = self.config.block_tokens
-        if last_tick - first_tick > 1 and not any(growing):
-            return
-        for tick in range(first_tick, last_tick):
-            group = growing[(tick + 1) % size]
-            if group:
-                for call in tuple(group):
-                    self._label_one(call, tick)
+    def _lookup(self, hashes: Sequence[int], most: int) -> Holding:
+        """Return `BlockPool.lookup`, with what decoding calls have filled up to now."""
+        hits = self._pool.lookup(hashes, most)
+        at = hits.blocks
+        if at < min(most, len(hashes)) and any(
+            call.held.blocks <= at < len(call.hashes) and call.hashes[at] == hashes[at]
+            for call in self._growing
+        ):
+            self._label_filled(self._tick + self._taken - self._done)
+            hits = self._pool.lookup(hashes, most)
+        return hits
 
-    def _label_one(self, call: _Call, tick: int) -> None:
-        """Label the block that a decoding call fills at ``tick``, if it fills one with a hash."""
+    def _label(self, call: _Call, blocks: int) -> None:
+        """Give a call's first ``blocks`` blocks their hashes."""
+        first = call.held.blocks
+        if blocks > first:
+            self._pool.label(call.held, call.hashes[first:blocks])
+
+    def _label_filled(self, tick: int) -> None:
+        """Label the blocks that decoding calls fill before ``tick``, in the order they do."""
         size = self.config.block_tokens
-        filled, rest = divmod(tick + 1 - call.offset, size)
-        if rest == 0:
-            group = self._growing[call.offset % size]
-            if call in group:
-                self._pool.label(call.held, call.hashes[filled - 1 : filled])
-                if filled == len(call.hashes):
-                    del group[call]
+        due = sorted(
+            (call.offset + (block + 1) * size, place, block)
+            for place, call in enumerate(self._growing)
+            for block in range(call.held.blocks, self._filled(call, tick))
+        )
+        calls = tuple(self._growing)
+        for _, place, block in due:
+            call = calls[place]
+            self._pool.label(call.held, call.hashes[block : block + 1])
+
+    def _filled(self, call: _Call, tick: int) -> int:
+        """Return how many blocks with a hash a decoding call has filled before ``tick``."""
+        return min((tick - call.offset) // self.config.block_tokens, len(call.hashes))
+
+    def _compare(self, call: _Call) -> None:
+        """Label at once from now on if a running call writes what is in this one's text, too."""
+        hashes, answer = call.hashes, call.answer
+        for other in self._running:
+            # Equal hashes mean equal prefixes: if they share any of an answer, then its beginning.
+            at = min(answer, other.answer)
+            if at < len(hashes) and at < len(other.hashes) and hashes[at] == other.hashes[at]:
+                self._label_filled(self._tick + self._taken - self._done)
+                self._alike = True
+                return
 
     def _commit(self, done: int) -> None:
         """Let the stretch have ``done`` of its steps behind it."""
@@ -1127,7 +1166,7 @@ class Engine:
             self._context += call.computed + 1
             self._phases[offset % size] += 1
             if len(call.hashes) > call.held.blocks:
-                self._growing[offset % size][call] = None
+                self._growing[call] = None
             if call.last_tick == tick:
                 self._finish(call, now_s, events)
             else:
@@ -1144,10 +1183,17 @@ class Engine:
             # The next step was planned with it, before its last token was known.
             request.generated_tokens = request.output_tokens
             call.state = _LINGERING
-            self._growing[call.offset % self.config.block_tokens].pop(call, None)
+            self._stop_growing(call, self._tick)
             heappush(self._finishes, (self._tick + 1, call.serial, call))
         else:
             self._leave(call, keep=request.keep_blocks)
+
+    def _stop_growing(self, call: _Call, tick: int) -> None:
+        """Label what a decoding call has filled before ``tick``, if that has not been done."""
+        if call in self._growing:
+            del self._growing[call]
+            filled = self._filled(call, tick)
+            self._pool.label(call.held, call.hashes[call.held.blocks : filled])
 
     def _leave(self, call: _Call, *, in_flight: int = 0, keep: bool = False) -> None:
         """Take a running call off its slot and give its blocks back, or ``keep`` them.
@@ -1168,7 +1214,7 @@ class Engine:
             self._decodes -= 1
             self._context -= computed + 1
             self._phases[phase] -= 1
-            self._growing[phase].pop(call, None)
+            self._stop_growing(call, self._tick + in_flight)
             if call.state == _DECODING:
                 call.known = computed + 1
                 call.request.generated_tokens = computed + 1 - call.request.prompt_tokens
@@ -1241,8 +1287,7 @@ class Engine:
 
     def _noise(self) -> float:
         assert self._rng is not None  # noqa: S101 - checked by the constructor
-        variance = math.log1p(self._cv * self._cv)
-        return math.exp(math.sqrt(variance) * float(self._rng.standard_normal()) - 0.5 * variance)
+        return math.exp(self._spread * self._rng.standard_normal() - self._shift)
 
     def _check(self, request: EngineRequest) -> None:
         config = self.config

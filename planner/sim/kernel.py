@@ -48,7 +48,7 @@ from planner.dispatch.events import (
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies.base import Observing, Policy
 from planner.dispatch.router import Router, elsewhere
-from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
+from planner.domain.blocks import BLOCK_TOKENS
 from planner.domain.errors import InvalidInput, NoEndpointAvailable
 from planner.domain.fleet import Fleet
 from planner.domain.run import RunSpec, Task
@@ -366,7 +366,7 @@ class _Simulation:
             return
         spec = run.spec
         run.calls += attempt == 0
-        chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
+        chain = task.chain
         prompt_tokens = task.prompt_tokens
         call = Call(
             call_id=f"{spec.run_id}/{task.index}" + (f"#{attempt}" if attempt else ""),

@@ -67,6 +67,8 @@ CLAIRVOYANT_RUNS, CLAIRVOYANT_COUNTED = 160, slice(60, 140)
 CLAIRVOYANT_SEEDS = 10
 """Gaps of seeds differ by up to 6 % of the mean where endpoints do: two of them tell little."""
 BOUND_SEEDS = 2
+_BATCHES = 40
+"""Batches that a worker gets at least, of many cells."""
 
 Progress = Callable[[str], None]
 
@@ -421,19 +423,34 @@ class _Runner:
         missing = list(
             {job.key: job for job in cells if not (self.resume and job.file.exists())}.values()
         )
-        # Cells of the same runs follow one another: a worker then makes these, and the block hashes
-        # of their prompts, only once.
-        missing.sort(key=lambda job: (job.setting.name, job.seed))
         started = time.monotonic()
         if missing:
             self.progress(f"{what}: {len(missing)} of {len(cells)} cells to simulate")
             assert self.pool is not None  # noqa: S101 - set before the first call
-            done = self.pool(delayed(_simulate)(job) for job in missing)
-            for number, name in enumerate(done, start=1):
-                if len(missing) > 20 and (number % 20 == 0 or number == len(missing)):
+            number = told = 0
+            for names in self.pool(
+                delayed(_simulated)(one) for one in _batches(missing, self.jobs)
+            ):
+                number += len(names)
+                if len(missing) > 20 and (number - told >= 20 or number == len(missing)):
+                    told = number
                     left_s = (time.monotonic() - started) / number * (len(missing) - number)
-                    self.progress(f"[{number}/{len(missing)}] {name}; {_span(left_s)} left")
+                    self.progress(f"[{number}/{len(missing)}] {names[-1]}; {_span(left_s)} left")
         return [_read(job.file) for job in cells]
+
+
+def _batches(cells: Sequence[_Job], workers: int) -> list[list[_Job]]:
+    """Return cells in batches of the same runs, which a worker then makes only once.
+
+    With the block hashes of their prompts. No batch is so large that others would wait for it long.
+    """
+    ordered = sorted(cells, key=lambda job: (job.setting.name, job.seed))
+    most = max(1, len(ordered) // (_BATCHES * workers))
+    found: list[list[_Job]] = []
+    for _, same in itertools.groupby(ordered, key=lambda job: (job.setting.name, job.seed)):
+        group = list(same)
+        found += [group[start : start + most] for start in range(0, len(group), most)]
+    return found
 
 
 def _span(seconds: float) -> str:
@@ -461,6 +478,11 @@ def _read(file: Path) -> CellResult:
 def _write(file: Path, document: Any) -> None:
     with atomic_write(file) as temporary:
         temporary.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def _simulated(jobs: Sequence[_Job]) -> list[str]:
+    """Run cells one after the other; return what they were."""
+    return [_simulate(job) for job in jobs]
 
 
 def _simulate(job: _Job) -> str:

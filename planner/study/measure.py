@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from planner.dispatch.policies import make_policy
-from planner.domain.blocks import BLOCK_TOKENS, Segment, kept_block_hashes
+from planner.domain.blocks import BLOCK_TOKENS
 from planner.domain.fleet import Fleet
 from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
@@ -264,7 +264,7 @@ def refilled_tokens(
     refilled = 0
     for call in calls:
         task = tasks[call.call_id.partition("#")[0]]
-        chain = kept_block_hashes((*task.prompt, Segment(task.output_key, task.output_tokens)))
+        chain = task.chain
         seen = held.setdefault(call.prefill_endpoint or call.endpoint, set())
         known = leading(chain, seen)
         if call.run_id not in left_out:

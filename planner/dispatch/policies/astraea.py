@@ -27,7 +27,7 @@ from planner.dispatch.policies.gaps import Gaps
 from planner.dispatch.policies.placement import Alone, Placement
 from planner.dispatch.policies.progress import Ended
 from planner.dispatch.policies.queued import QueuedPolicy
-from planner.dispatch.policies.response import ResponseRatio, first_to_last
+from planner.dispatch.policies.response import ResponseRatio
 from planner.dispatch.view import EndpointState, FleetView
 
 __all__ = ["Astraea"]
@@ -161,7 +161,7 @@ class Astraea(QueuedPolicy):
 
     def _drawn(self, queues: Sequence[Sequence[Call]], now_s: float) -> Iterator[Call]:
         for queue in queues:
-            yield from first_to_last(queue, lambda call: self.rank(call, now_s))
+            yield from sorted(queue, key=lambda call: self.rank(call, now_s))
             # A queue whose calls no endpoint could take counts as empty.
             if self.one_queue and any(self._servable(call) for call in queue):
                 return

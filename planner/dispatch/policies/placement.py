@@ -18,6 +18,7 @@ what comes next is at hand when a slot gets free.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -36,6 +37,8 @@ __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room",
 
 _MOST_PAIRS = 256
 """Sets of endpoints whose ways are kept."""
+_MOST_LISTED = 16
+"""Ways that are sooner gone through in a list than as an array."""
 _MOST_ALONE = 16_384
 """Shapes of calls whose time alone is kept."""
 _MOST_TEXTS = 4096
@@ -259,11 +262,13 @@ class Ahead:
         The ways.
     own_s
         Seconds from now to the finish on each way; shape (calls, ways).
+    listed_s
+        The same as lists where ways are few, without pools; else empty.
     """
 
     __slots__ = (
-        "_cached", "_candidates", "_decoders", "_enter_s", "_first", "_rest", "answers", "own_s",
-        "pairs", "rows",
+        "_cached", "_candidates", "_decoders", "_enter_s", "_first", "_rest", "answers", "listed_s",
+        "own_s", "pairs", "rows",
     )  # fmt: skip
 
     def __init__(
@@ -292,6 +297,9 @@ class Ahead:
         self.own_s, self._first = own_s, first_s
         self._enter_s, self._cached = own_s, cached
         self._rest: Floats | None = None
+        self.listed_s: list[list[float]] = []
+        if len(pairs.indices) <= _MOST_LISTED and not decoders:
+            self.listed_s = own_s.tolist()
         if decoders:
             rest_s, self._rest = waiting_costs(whole, None, fleet, now_s)
             missing = np.array([text.missing for text in texts])
@@ -392,10 +400,9 @@ def has_room(state: EndpointState, tokens: float = 0.0, depth: float = 1.0) -> b
     """
     if state.in_flight == 0:
         return True
-    endpoint = state.endpoint
-    if state.in_flight >= depth * endpoint.max_num_seqs:
+    if state.in_flight >= depth * state.endpoint.max_num_seqs:
         return False
-    return state.context_tokens + tokens < depth * endpoint.kv_tokens
+    return state.context_tokens + tokens < depth * state.kv_tokens
 
 
 class Placement:
@@ -414,7 +421,7 @@ class Placement:
         self._last: tuple[Sequence[EndpointState], Sequence[EndpointState], Pairs] | None = None
         self._fleet: FleetView | None = None
         self._texts: dict[str, Text] = {}
-        self._booked_s = np.zeros(1)
+        self._booked_s = array("d", bytes(8))
         self._closed: set[int] = set()
         self._able: tuple[EndpointState, ...] = ()
 
@@ -424,15 +431,19 @@ class Placement:
             self._fleet = fleet
             self._texts.clear()
         # One place more than endpoints: that of no decoder, at -1.
-        self._booked_s = np.zeros(len(fleet.states) + 1)
+        self._booked_s = array("d", bytes(8 * (len(fleet.states) + 1)))
         self._closed.clear()
         self._able = ()
 
     def open(self, fleet: FleetView) -> bool:
         """Return whether anything could still be sent in this pass."""
         # Those that had room a call ago mostly have room now.
-        if self._able and all(state.healthy and self.admits(state) for state in self._able):
-            return True
+        for state in self._able:
+            if not (state.healthy and self.admits(state)):
+                break
+        else:
+            if self._able:
+                return True
         able: dict[str, dict[str, EndpointState]] = {}  # model -> role -> one with room
         for state in fleet.states:
             if state.healthy and self.admits(state):
@@ -526,7 +537,17 @@ class Placement:
     def found(self, call: Call, ahead: Ahead, way: int | None = None) -> Route | None:
         """Do as `place` for one of the calls; it may be told the way."""
         row = ahead.rows[call.call_id]
-        if way is None:
+        if way is None and ahead.listed_s:
+            waits_s = ahead.listed_s[row]
+            if self._closed:
+                booked_s = self._booked_s
+                entries = ahead.pairs.indices
+                waits_s = [
+                    own_s + booked_s[entry]
+                    for own_s, (entry, _) in zip(waits_s, entries, strict=True)
+                ]
+            way = waits_s.index(min(waits_s))
+        elif way is None:
             way = int(self._behind_s(ahead.own_s[row], ahead.pairs).argmin())
         ends = ahead.ends(row, way)
         return (
@@ -540,9 +561,10 @@ class Placement:
     def _behind_s(self, own_s: Floats, pairs: Pairs) -> Floats:
         if not self._closed:
             return own_s
-        waits_s: Floats = self._booked_s[pairs.ends[0]]
+        booked_s: Floats = np.frombuffer(self._booked_s)
+        waits_s: Floats = booked_s[pairs.ends[0]]
         if pairs.decoders.size:
-            waits_s += self._booked_s[pairs.ends[1]]
+            waits_s += booked_s[pairs.ends[1]]
         waits_s += own_s
         return waits_s
 
@@ -555,7 +577,8 @@ class Placement:
         """Return whether all ends have room for a call; if not, keep its place there."""
         full = False
         for state, _ in ends:
-            if not self.admits(state, _need(call, answer, state)):
+            need = _need(call, answer, state)
+            if state.index in self._closed or not has_room(state, need, self._depth):
                 self._closed.add(state.index)
                 full = True
         if not full:
@@ -564,8 +587,8 @@ class Placement:
             # Prefills follow one another; what holds slots shares them, or the KV pool.
             turns = 1.0
             if state.endpoint.role != "prefill":
-                endpoint = state.endpoint
-                most = min(endpoint.max_num_seqs, endpoint.kv_tokens / _need(call, answer, state))
+                need = _need(call, answer, state)
+                most = min(state.endpoint.max_num_seqs, state.kv_tokens / need)
                 turns = max(1.0, most)
             self._booked_s[state.index] += seconds / turns
         return False

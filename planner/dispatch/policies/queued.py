@@ -31,7 +31,6 @@ from planner.dispatch.forecast import Forecaster
 from planner.dispatch.policies.base import Choice, Ready, Wait, age_priority
 from planner.dispatch.policies.placement import Ahead, Placement, Route
 from planner.dispatch.policies.progress import Ended, Runs
-from planner.dispatch.policies.response import first_to_last
 from planner.dispatch.view import FleetView
 
 __all__ = ["Queue", "QueuedPolicy"]
@@ -85,7 +84,7 @@ class Queue(ABC):
 
     def ranked(self, held: Sequence[Call], now_s: float) -> Iterable[Call]:
         """Return the waiting calls, most urgent first."""
-        return held if len(held) < 2 else first_to_last(held, lambda call: self.rank(call, now_s))
+        return held if len(held) < 2 else sorted(held, key=lambda call: self.rank(call, now_s))
 
     def rank(self, call: Call, now_s: float) -> tuple[Any, str]:
         """Return the key with the call's name, so that the order of ties is fixed."""

@@ -19,15 +19,14 @@ next); the policies' own modules name the papers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from heapq import heapify, heappop
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST_S", "ResponseRatio", "first_to_last", "ratios"]
+__all__ = ["LEAST_S", "ResponseRatio", "ratios"]
 
 T = TypeVar("T")
 LEAST_S = 1e-6
@@ -57,14 +56,3 @@ class ResponseRatio(Generic[T]):
     def of(self, item: T) -> float:
         """Return the ratio of an item; larger is more urgent."""
         return self.numerator(item) / max(self.denominator(item), LEAST_S)
-
-
-def first_to_last(items: Iterable[T], key: Callable[[T], Any]) -> Iterator[T]:
-    """Yield items by ascending key, equal keys in the order given.
-
-    Reading k of n items takes O(n + k log n), and a queue is rarely read to its end.
-    """
-    heap = [(key(item), number, item) for number, item in enumerate(items)]
-    heapify(heap)
-    while heap:
-        yield heappop(heap)[2]

@@ -47,7 +47,7 @@ from planner.dispatch.policies.outlook import Outlook
 from planner.dispatch.policies.placement import Alone, Route, has_room, service_s
 from planner.dispatch.policies.progress import RunProgress
 from planner.dispatch.policies.queued import QueuedPolicy
-from planner.dispatch.policies.response import ResponseRatio, first_to_last
+from planner.dispatch.policies.response import ResponseRatio
 from planner.dispatch.policies.sessions import NOBODY, Owner, Sessions
 from planner.dispatch.policies.sticky import affinity_key
 from planner.dispatch.view import EndpointState, FleetView
@@ -281,7 +281,7 @@ class Saga(QueuedPolicy):
     def _drawn(self, held: Sequence[Call], now_s: float) -> Iterator[Call]:
         blocked: Call | None = None
         fleet = self.fleet
-        for call in first_to_last(held, lambda call: self.rank(call, now_s)):
+        for call in sorted(held, key=lambda call: self.rank(call, now_s)):
             target = self._target.get(call.call_id)
             if target is None or fleet is None:
                 yield call

@@ -387,7 +387,10 @@ def test_blocks_are_conserved_whatever_happens(seed: int, eviction: SharedLast |
     for number in range(400):
         now_s += float(rng.exponential(0.02))
         see(made.advance(now_s))
-        chain = tuple(int(rng.integers(3)) * 1000 + i for i in range(20))
+        # One of three texts up to somewhere, then something else or the same again.
+        fork, family, other = int(rng.integers(21)), int(rng.integers(3)), int(rng.integers(6))
+        text = [family] * fork + [other] * (20 - fork)
+        chain = tuple(hash(tuple(text[:end])) for end in range(1, 21))
         match int(rng.integers(8)):
             case 0 | 1 | 2:
                 prompt = int(rng.integers(1, 300))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from planner.dispatch.policies.response import LEAST_S, ResponseRatio, first_to_last, ratios
+from planner.dispatch.policies.response import LEAST_S, ResponseRatio, ratios
 
 
 def test_the_ratio_divides_its_two_measures() -> None:
@@ -18,9 +18,3 @@ def test_ratios_of_many_are_those_of_each() -> None:
     """The array form gives the same numbers."""
     top, bottom = np.array([4.0, 1.0]), np.array([2.0, 0.0])
     assert ratios(top, bottom).tolist() == [2.0, 1.0 / LEAST_S]
-
-
-def test_first_to_last_sorts_and_keeps_ties_in_order() -> None:
-    """The same as a stable sort."""
-    words = ["bb", "a", "cc", "d"]
-    assert list(first_to_last(words, len)) == sorted(words, key=len)
