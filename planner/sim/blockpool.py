@@ -21,7 +21,6 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
-from itertools import repeat
 from typing import Protocol
 
 __all__ = ["BlockPool", "Eviction", "Holding", "RankedPool", "SharedLast", "Span"]
@@ -108,7 +107,8 @@ class BlockPool:
         self.total = blocks
         self.free = blocks
         self.idle = 0
-        # Hash -> the span of the first of its blocks. A content with several is a span of its own.
+        # By the content of their first block, the spans that begin with it; if several blocks have
+        # that content each is a span of its own, and this is the first.
         self._cached: dict[int, Span] = {}
         # Idle spans, oldest first. A span that is used again leaves its entry behind, which is
         # cheaper than taking it out of the middle.
@@ -118,7 +118,7 @@ class BlockPool:
         self._gaps = False
 
     def __repr__(self) -> str:
-        return f"BlockPool(total={self.total}, free={self.free}, cached={len(self._cached)})"
+        return f"BlockPool(total={self.total}, free={self.free}, idle={self.idle})"
 
     def lookup(self, hashes: Sequence[int], most: int) -> Holding:
         """Return the longest run of leading blocks present, at most ``most`` (>= 0).
@@ -137,13 +137,7 @@ class BlockPool:
             span = self._cached.get(hashes[done])
             if span is None:
                 break
-            contents = span.contents
-            size = min(len(contents), most - done)
-            if contents[size - 1] != hashes[done + size - 1]:
-                # A chain: two that part stay apart.
-                size = _agreeing(contents, hashes, done, size)
-                if not size:
-                    break
+            size = self._common(span, hashes, done, most)
             found.spans.append(span)
             found.sizes.append(size)
             done += size
@@ -187,28 +181,31 @@ class BlockPool:
                     self._drop(span, size)
                     evictions -= size
 
-    def forget(self, contents: Sequence[int]) -> int:
-        """Make the idle blocks of these contents blank, twins included; return how many."""
+    def forget(self, chain: Sequence[int], start: int) -> int:
+        """Make the idle blocks of a chain blank, twins included; return how many.
+
+        Parameters
+        ----------
+        start
+            Blocks at its beginning that are left alone.
+        """
         self._gaps = True
         dropped = done = 0
-        while done < len(contents):
-            content = contents[done]
-            done += 1
-            span: Span | None = self._cached.get(content)
+        while done < len(chain):
+            span: Span | None = self._cached.get(chain[done])
             if span is None:
+                done += 1
                 continue
-            if not span.paired:
-                start = span.contents.index(content)
-                rest = span.contents[start:]
-                size = 1
-                while size < len(rest) and done < len(contents) and contents[done] == rest[size]:
-                    size += 1
-                    done += 1
-                if span.refs == 0:
-                    if start:
-                        self._set_apart(span, start)
-                    if size < len(rest):
-                        span = self._cut(span, size)
+            size = self._common(span, chain, done, len(chain))
+            skipped = min(max(start - done, 0), size)
+            done += size
+            if span.refs == 0 and 0 < skipped < size:
+                self._set_apart(span, skipped)
+                size -= skipped
+            elif skipped:
+                continue
+            if span.refs == 0 and size < len(span.contents):
+                span = self._cut(span, size)
             while span is not None:
                 after = span.twin
                 if span.refs == 0:
@@ -224,7 +221,8 @@ class BlockPool:
         cached, count = self._cached, len(contents)
         if not count:
             return
-        # Without gaps, what is not cached at first is not cached later on.
+        # None is in the middle of a span: who has the blocks before it has them by that span, which
+        # was cut there. Without gaps, what is not cached at first is not cached later on.
         known = not cached.keys().isdisjoint(contents) if self._gaps else contents[0] in cached
         if known:
             for content in contents:
@@ -234,13 +232,12 @@ class BlockPool:
         span = spans[-1] if spans else None
         # Blocks that only this request uses can be one span: nobody else holds a part of it.
         if span is None or span.refs > 1 or span.paired:
-            span = Span([], 1)
+            span = cached[contents[0]] = Span([], 1)
             spans.append(span)
             sizes.append(0)
         span.contents += contents
         sizes[-1] += count
         holding.blocks += count
-        cached.update(zip(contents, repeat(span), strict=False))
 
     def release(self, holding: Holding, blank: int) -> None:
         """Give back a request's blocks, last first, so that a prefix outlives its tail.
@@ -274,6 +271,16 @@ class BlockPool:
     # -- spans --------------------------------------------------------------------------------
 
     @staticmethod
+    def _common(span: Span, chain: Sequence[int], start: int, end: int) -> int:
+        """Return how many blocks of a span a chain has from ``start`` on, and before ``end``."""
+        contents = span.contents
+        size = min(len(contents), end - start)
+        if contents[size - 1] == chain[start + size - 1]:
+            return size
+        # Two chains that part stay apart.
+        return bisect_left(range(size), True, key=lambda k: contents[k] != chain[start + k])
+
+    @staticmethod
     def _let_go(holding: Holding) -> list[Span]:
         """Count one user less; return the spans that nobody uses any more, last first."""
         idle: list[Span] = []
@@ -299,7 +306,8 @@ class BlockPool:
         del contents[:size]
         if span.refs:
             head.before, span.before = span.before, head
-        self._cached.update(zip(head.contents, repeat(head), strict=False))
+        self._cached[head.contents[0]] = head
+        self._cached[contents[0]] = span
         return head
 
     def _set_apart(self, span: Span, size: int) -> Span:
@@ -315,14 +323,12 @@ class BlockPool:
 
     def _drop(self, span: Span, count: int) -> None:
         """Take the last ``count`` blocks of an idle span out of the map; it keeps the others."""
-        cached, contents = self._cached, span.contents
         if span.paired:
             self._forget_twin(span)
-        elif count == len(contents):
-            deque(map(cached.__delitem__, contents), maxlen=0)
+        elif count == len(span.contents):
+            del self._cached[span.contents[0]]
         else:
-            deque(map(cached.__delitem__, contents[-count:]), maxlen=0)
-            del contents[-count:]
+            del span.contents[-count:]
 
     def _label_twin(self, holding: Holding, content: int) -> None:
         """Label one block, whose content others may have as well."""
@@ -335,9 +341,6 @@ class BlockPool:
             self._cached[content] = block
             return
         if not first.paired:
-            start = first.contents.index(content)
-            if start:
-                self._set_apart(first, start)
             if len(first.contents) > 1:
                 first = self._set_apart(first, 1)
             first.paired = True
@@ -503,11 +506,6 @@ class RankedPool(BlockPool):
     def _counts(self, entry: tuple[float, int, Span]) -> bool:
         _, stamp, span = entry
         return span.refs == 0 and span.entries == stamp
-
-
-def _agreeing(contents: Sequence[int], hashes: Sequence[int], start: int, most: int) -> int:
-    """Return how many contents, fewer than ``most``, agree with a chain from ``start`` on."""
-    return bisect_left(range(most), True, key=lambda k: contents[k] != hashes[start + k])
 
 
 def _runs(ranks: Sequence[float]) -> list[tuple[float, int]]:

@@ -670,11 +670,21 @@ class Engine:
         self._wake(now_s)
         return True
 
-    def forget(self, block_hashes: Sequence[int], now_s: float) -> int:
-        """Drop cached blocks that nobody uses, so that they are taken first; return how many."""
+    def forget(self, block_hashes: Sequence[int], start: int, now_s: float) -> int:
+        """Drop the cached blocks of a chain that nobody uses, so that they are taken first.
+
+        Parameters
+        ----------
+        start
+            Blocks at its beginning that are left alone.
+
+        Returns
+        -------
+        How many were dropped.
+        """
         self._check_instant(now_s)
         self._settle(now_s)
-        return self._pool.forget(block_hashes)
+        return self._pool.forget(block_hashes, start)
 
     def next_event_s(self) -> float:
         """Return when the engine must next be advanced; inf when it has nothing to do.

@@ -17,6 +17,7 @@ Blocks that other runs have used too (a system prompt) are copied, but stay wher
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -144,9 +145,10 @@ class Keeper:
         if fate.action == "leave":
             return
         owners = self._owners[index]
-        private = [block for block in chain if owners.get(block) == run_id]
+        # What another run has used it has used from the beginning.
+        shared = bisect_left(chain, True, key=lambda block: owners.get(block) == run_id)
         if fate.action == "drop":
-            self._cluster.engine(index).forget(private, now_s)
+            self._cluster.engine(index).forget(chain, shared, now_s)
             return
         self.let_go(run_id, now_s)
         blocks = self._cluster.engine(index).pin(run_id, chain, now_s)
@@ -160,7 +162,7 @@ class Keeper:
             tokens = blocks * self._cluster.fleet.endpoints[index].block_tokens
             self._cluster.move(
                 f"offload {run_id}", [("pcie", index)], tokens, index, now_s,
-                lambda now: self._offloaded(run_id, index, chain[:blocks], private, now),
+                lambda now: self._offloaded(run_id, index, chain, blocks, shared, now),
             )  # fmt: skip
 
     def sent(self, run_id: str, index: int, chain: tuple[int, ...], now_s: float) -> int:
@@ -207,8 +209,14 @@ class Keeper:
             self.let_go(run_id, now_s)
 
     def _offloaded(
-        self, run_id: str, index: int, chain: tuple[int, ...], private: list[int], now_s: float
+        self,
+        run_id: str,
+        index: int,
+        chain: tuple[int, ...],
+        blocks: int,
+        shared: int,
+        now_s: float,
     ) -> None:
-        self._host[run_id, index] = chain
+        self._host[run_id, index] = chain[:blocks]
         self.let_go(run_id, now_s)
-        self._cluster.engine(index).forget(private, now_s)
+        self._cluster.engine(index).forget(chain, shared, now_s)
