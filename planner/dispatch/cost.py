@@ -266,7 +266,7 @@ def fleet_costs(
         saved *= loads.weight
         delay -= saved
     if prompt_tokens + output > loads.least_room_tokens:
-        for index in np.flatnonzero(loads.room_tokens < prompt_tokens + output).tolist():
+        for index in (loads.room_tokens < prompt_tokens + output).nonzero()[0].tolist():
             cost = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
             own[index], service[index] = cost.own_s, cost.service_s
             if imposed:
@@ -312,10 +312,12 @@ def waiting_costs(
     service: Floats = parts[:, SERVICE] - saved
     own: Floats = np.maximum(parts[:, WAIT], loads.queue_s)
     own += service
-    for place, (prompt, output) in enumerate(sizes):
-        if prompt + output > loads.least_room_tokens:
-            for index in np.flatnonzero(loads.room_tokens < prompt + output).tolist():
-                held = int(cached[place, min(index, cached.shape[1] - 1)])
-                cost = _cost(prompt, held, output, view.states[index], now_s)
-                own[place, index], service[place, index] = cost.own_s, cost.service_s
+    whole = [prompt + output for prompt, output in sizes]
+    if max(whole) > loads.least_room_tokens:
+        short = (loads.room_tokens < np.array(whole)[:, None]).nonzero()
+        for place, index in zip(short[0].tolist(), short[1].tolist(), strict=True):
+            prompt, output = sizes[place]
+            held = int(cached[place, min(index, cached.shape[1] - 1)])
+            cost = _cost(prompt, held, output, view.states[index], now_s)
+            own[place, index], service[place, index] = cost.own_s, cost.service_s
     return own, service

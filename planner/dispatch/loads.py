@@ -211,6 +211,7 @@ class Loads:
         self._alone: Floats = np.frombuffer(self._own).reshape(_OWN_ROWS, size)
         self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
         self._tokens_per_s: Floats = np.frombuffer(self._pace)
+        self._first_knots = (np.arange(size) * _KNOTS)[:, None]
         self._slots = np.array([state.endpoint.max_num_seqs for state in states])
         # Residents by (endpoint, place); empty places hold zeros.
         self._residents: list[list[Resident]] = [[] for _ in states]
@@ -357,7 +358,9 @@ class Loads:
         calls = state.in_flight
         stay = self._stay[state.index, :calls]
         turns, place = divmod(calls - slots, slots)
-        steps = float(np.sort(stay)[place])
+        ordered = stay.copy()
+        ordered.sort()
+        steps: float = ordered.item(place)
         return steps + turns * float(stay.sum()) / calls if turns else steps
 
     def delay_tokens(self, state: EndpointState, tokens: float) -> float:
@@ -388,7 +391,7 @@ class Loads:
         np.maximum(left, LEAST_LEFT * output, out=left)
         self._left[:, :width] = left
         self._resum(left, self._weight[:, :width])
-        self._returns(np.flatnonzero(self.in_flight >= self._slots), self._stay[:, :width])
+        self._returns((self.in_flight >= self._slots).nonzero()[0], self._stay[:, :width])
 
     def _resum(self, left: Floats, weight: Floats) -> None:
         """Make F anew: those shorter than x count with their length, the others with x."""
@@ -396,13 +399,13 @@ class Loads:
         places = np.log2(np.maximum(left, 1.0))
         places *= 2.0
         cells = np.minimum(places.astype(np.intp), _LAST)
-        cells += (np.arange(size) * _KNOTS)[:, None]
+        cells += self._first_knots
         flat, shape = cells.ravel(), (size, _KNOTS)
         above = np.bincount(flat, weight.ravel(), size * _KNOTS).reshape(shape)
         below = np.bincount(flat, (weight * left).ravel(), size * _KNOTS).reshape(shape)
         # Sums over the intervals from each knot up, and over those under it.
-        longer = np.cumsum(above[:, ::-1], axis=1)[:, ::-1]
-        shorter = np.cumsum(below, axis=1) - below
+        longer = above[:, ::-1].cumsum(axis=1)[:, ::-1]
+        shorter = below.cumsum(axis=1) - below
         self._delay = shorter + _GRID * longer
         self.imposed[:] = self._delay.T
 
@@ -414,7 +417,8 @@ class Loads:
         calls, slots = self.in_flight[full], self._slots[full]
         turns, places = np.divmod(calls - slots, slots)
         # Empty places are zeros and sort to the front.
-        ordered = np.sort(stay[full], axis=1)
+        ordered = stay[full]  # a copy
+        ordered.sort(axis=1)
         steps = ordered[np.arange(full.size), places + stay.shape[1] - calls]
         steps += turns * ordered.sum(axis=1) / calls
         table = self.coefficients
