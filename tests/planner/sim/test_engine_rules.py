@@ -290,6 +290,22 @@ def test_the_cache_can_be_asked_and_reset() -> None:
     assert target.cached_prefix_tokens(one.block_hashes) == 0
 
 
+def test_labelling_late_changes_nothing() -> None:
+    """Two calls write the same text, the later one ends first: the block of the first is found."""
+    free: dict[bool, list[int]] = {}
+    for at_once in (True, False):
+        target = engine()
+        target._alike = at_once
+        submit(target, shared("a", 5, 40), shared("b", 5, 8))
+        target.advance(30 * MS)
+        submit(target, shared("c", 13, 2), now_s=30 * MS)
+        free[at_once] = []
+        for now_ms in range(31, 60):
+            target.advance(now_ms * MS)
+            free[at_once].append(target.free_blocks)
+    assert free[True] == free[False]
+
+
 def test_a_call_that_stops_by_eos_wastes_one_step_under_async_scheduling() -> None:
     """Its slot and blocks are held for the step that was planned before its end was known."""
     for flag, running in ((True, 1), (False, 0)):

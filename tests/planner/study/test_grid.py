@@ -58,6 +58,26 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert one.results[seed].value("mean_s") == other.results[seed].value("mean_s")
 
 
+def test_batches_share_their_runs(tmp_path: Path) -> None:
+    """Every cell is in one batch, a batch has the same runs, and none is a large part of all."""
+    cells = [
+        grid._Job(
+            setting=Setting(load=load), setup=PolicySetup(policy=policy), seed=seed, runs=1,
+            folder=tmp_path, data=None,
+        )
+        for policy in ("random", "round_robin", "least_load")
+        for load in (0.5, 0.7)
+        for seed in range(40)
+    ]  # fmt: skip
+    for workers, most in ((1, 3), (2, 3), (4, 1)):
+        batches = grid._batches(cells, workers)
+        assert sorted(one.key for batch in batches for one in batch) == sorted(
+            one.key for one in cells
+        )
+        assert all(len({(one.setting, one.seed) for one in batch}) == 1 for batch in batches)
+        assert max(map(len, batches)) == most
+
+
 def test_key_covers_what_matters(tmp_path: Path) -> None:
     """Cells differ by setting, policy, parameters, seed and runs."""
     job = grid._Job(setting=TINY.settings[0], setup=PolicySetup(policy="marginal_cost"), seed=0,
