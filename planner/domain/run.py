@@ -6,6 +6,7 @@ built from them piece by piece as a run unfolds.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,11 @@ from planner.domain.ids import NodeId, RunId, SiteId, WorkflowHash
 __all__ = ["RunSpec", "Task", "TaskKind"]
 
 TaskKind = Literal["llm", "tool", "code"]
+
+_MOST_CHAINS = 8192
+"""Tasks whose block hashes are kept: some 20 kilobytes each where prompts are long."""
+_CHAINED: deque[Task] = deque()
+"""The tasks that have theirs, the oldest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +95,16 @@ class Task:
     def chain(self) -> tuple[int, ...]:
         """Hashes of the full blocks of prompt and answer; see `planner.domain.blocks`.
 
-        Reckoned once: a simulation, its figures and every policy compared on the same runs ask.
+        Kept for a while: a simulation, its figures and every policy compared on the same runs ask.
         """
-        if self._chain is None:
+        chain = self._chain
+        if chain is None:
             chain = block_hashes((*self.prompt, Segment(self.output_key, self.output_tokens)))
             object.__setattr__(self, "_chain", chain)
-            return chain
-        return self._chain
+            _CHAINED.append(self)
+            if len(_CHAINED) > _MOST_CHAINS:
+                object.__setattr__(_CHAINED.popleft(), "_chain", None)
+        return chain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ class Prompt:
     Parameters
     ----------
     blocks
-        Block hashes of prompt and answer.
+        Block hashes of prompt and answer, a chain: equal ones have equal blocks before them.
     sought
         How many of the leading ones are looked for in the cache, 0 to ``len(blocks)``.
     """

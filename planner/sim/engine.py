@@ -958,7 +958,7 @@ class Engine:
         call.computed = computed
         self.queued_prefill_tokens -= chunk
         if call.hashes:
-            self._label(call, min(computed // self.config.block_tokens, len(call.hashes)))
+            self._label(call, computed // self.config.block_tokens)
         if computed == call.known:
             self._prefilled.append(call)
             self._partial = None
@@ -1099,7 +1099,7 @@ class Engine:
         return hits
 
     def _label(self, call: _Call, blocks: int) -> None:
-        """Give a call's first ``blocks`` blocks their hashes."""
+        """Give a call's first ``blocks`` blocks their hashes, as far as they have any."""
         first = call.held.blocks
         if blocks > first:
             self._pool.label(call.held, call.hashes[first:blocks])

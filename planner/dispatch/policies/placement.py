@@ -577,8 +577,7 @@ class Placement:
         """Return whether all ends have room for a call; if not, keep its place there."""
         full = False
         for state, _ in ends:
-            need = _need(call, answer, state)
-            if state.index in self._closed or not has_room(state, need, self._depth):
+            if not self.admits(state, _need(call, answer, state)):
                 self._closed.add(state.index)
                 full = True
         if not full:

@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from planner.domain import run
 from planner.domain.blocks import Segment, block_hashes
 from planner.domain.errors import FleetError, InvalidInput, TraceFormatError, WorkflowError
 from planner.domain.estimates import (
@@ -19,7 +22,7 @@ from planner.domain.estimates import (
 )
 from planner.domain.files import atomic_write, data_dir, read_json, read_yaml
 from planner.domain.fleet import latency_rows, load_fleet
-from planner.domain.ids import NodeId
+from planner.domain.ids import NodeId, SiteId
 from planner.domain.latency import LatencyRow
 from planner.domain.run import Task
 from planner.domain.trace import CallRecord, RunRecord, load_trace, save_trace
@@ -78,6 +81,27 @@ def test_blocks_agree_exactly_as_far_as_the_text_does() -> None:
     assert set(one[2:]).isdisjoint(two[2:])
     assert block_hashes((shared, Segment(2, 60)), salt=9)[0] != one[0]
     assert block_hashes((Segment(1, 15),)) == ()
+
+
+def test_the_hashes_of_a_task_are_kept_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of prompt and answer; only the last tasks keep theirs, and they are no data."""
+    monkeypatch.setattr(run, "_CHAINED", deque())
+    monkeypatch.setattr(run, "_MOST_CHAINS", 2)
+    tasks = [
+        Task(
+            index=0, node=NodeId("n"), kind="llm", site=SiteId("s"), prompt=(Segment(key, 40),),
+            output_tokens=30, output_key=9,
+        )
+        for key in (1, 2, 3)
+    ]  # fmt: skip
+    before = replace(tasks[0])
+    chains = [task.chain for task in tasks]
+    assert chains[0] == block_hashes((Segment(1, 40), Segment(9, 30)))
+    assert [task._chain is None for task in tasks] == [True, False, False]
+    assert tasks[0].chain == chains[0]
+    assert tasks[1]._chain is None
+    assert tasks[0] == before
+    assert hash(tasks[0]) == hash(before)
 
 
 def test_ticks_round_up() -> None:
