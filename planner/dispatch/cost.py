@@ -295,15 +295,14 @@ def waiting_costs(
         Both of shape (calls, endpoints).
     """
     loads = view.loads
-    work = loads.workspace
-    cells, features, by_feature = work.cells, work.call, loads.by_feature
-    results = np.empty((len(sizes), RESULTS * work.size))
-    for row, (prompt, output) in zip(results, sizes, strict=True):
+    features: list[tuple[float, ...]] = []
+    for prompt, output in sizes:
         context = prompt + 0.5 * output
         square = float(prompt) * prompt
-        pack_features(cells, 0, 1.0, prompt, square, output, output * context, context)
-        features.dot(by_feature, row)
-    parts = results.reshape(len(sizes), RESULTS, work.size)
+        features.append((1.0, prompt, square, output, output * context, context))
+    # One vector after the other, as in `fleet_costs`: a product of two matrices sums otherwise.
+    results = np.matmul(np.array(features)[:, None], loads.by_feature)
+    parts = results.reshape(len(sizes), RESULTS, loads.workspace.size)
     if cached is None:
         cached = np.array([[max(0.0, prompt - 1.0)] for prompt, _ in sizes])
     saved = loads.per_square_s * cached

@@ -16,9 +16,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from operator import itemgetter
+from typing import TypeAlias
 
-__all__ = ["Holders", "PrefixIndex", "levels"]
+__all__ = ["Holders", "PrefixIndex", "concerns", "levels"]
 
 _DENSE = 16
 _PER_OCTAVE = 8
@@ -40,6 +42,12 @@ _PLACES = tuple(depth - 1 for depth in _DEPTHS)
 _TAIL = 32
 """Last items of a prompt that are looked through for the end of the one it goes on from."""
 
+_NEWS = 64
+"""Changes of an endpoint that are told apart."""
+_New: TypeAlias = tuple[int, int]
+"""A depth and the item there."""
+_ANY: _New = (0, 0)
+
 _FORKS = 1024
 """Beginnings whose forks are kept."""
 
@@ -59,21 +67,47 @@ class Holders(dict[int, int]):
     ----------
     version
         Number of the last change.
-    changes
-        The same for each endpoint, by its bit.
     """
 
-    __slots__ = ("changes", "version")
+    __slots__ = ("_news", "version")
 
     def __init__(self, version: int = 0) -> None:
         super().__init__()
         self.version = version
-        self.changes: dict[int, int] = {}
+        # By the bit of an endpoint: numbers of its last changes, rising, and what was new.
+        self._news: dict[int, deque[tuple[int, _New]]] = {}
 
-    def changed(self, bit: int) -> None:
-        """Note a change of what an endpoint holds."""
+    def changed(self, bit: int, depth: int = 0, item: int = 0) -> None:
+        """Note a change of what an endpoint holds.
+
+        Parameters
+        ----------
+        bit
+            The endpoint.
+        depth, item
+            If all that is new goes on from one item, that item, and what it is in its chain,
+            counted from 1; a depth of 0 stands for any change.
+        """
         self.version += 1
-        self.changes[bit] = self.version
+        news = self._news.get(bit)
+        if news is None:
+            news = self._news[bit] = deque(maxlen=_NEWS)
+        news.append((self.version, (depth, item)))
+
+    def since(self, version: int) -> dict[int, list[_New]]:
+        """Return what has changed since a version, by endpoint; see `concerns`."""
+        found: dict[int, list[_New]] = {}
+        for bit, news in self._news.items():
+            if news[-1][0] > version:
+                fresh = [new for _, new in takewhile(lambda one: one[0] > version, reversed(news))]
+                found[bit] = fresh if len(fresh) < _NEWS else [_ANY]
+        return found
+
+
+def concerns(news: Iterable[_New], prefix: Sequence[int]) -> bool:
+    """Return whether changes may make a difference to how deep a chain is held."""
+    size = len(prefix)
+    return any(not depth or (depth <= size and prefix[depth - 1] == item) for depth, item in news)
 
 
 def _anchors(prefix: Sequence[int]) -> tuple[int, ...]:
@@ -203,9 +237,8 @@ class PrefixIndex:
         if not prefix:
             return
         items, holders, bit = self._items, self._holders, self._bit
-        holders.changed(bit)
         anchors = _anchors(prefix)
-        count, size = len(anchors), len(prefix)
+        count, size, before = len(anchors), len(prefix), len(items)
         matched = self.match(prefix)
         old = bisect_right(_DEPTHS, matched, hi=count)
         last, top = prefix[-1], _DEPTHS[count - 1]
@@ -230,13 +263,22 @@ class PrefixIndex:
             self._held += tokens - items.pop(anchor, 0.0)
             items[anchor] = tokens
             holders[anchor] = holders.get(anchor, 0) | bit
+        added, usual = len(items) - before, True
         try:
             deque(map(items.move_to_end, anchors[:old][::-1]), maxlen=0)
         except KeyError:  # the chain was made up: not all of them are held
+            usual = False
             held = filter(items.__contains__, anchors[:old][::-1])
             deque(map(items.move_to_end, held), maxlen=0)
         while self._held > self.capacity_tokens and items:
+            usual = False
             self._forget(*items.popitem(last=False))
+        if not usual or added not in (count - old, count - old + 1):
+            holders.changed(bit)
+        elif old < count:
+            holders.changed(bit, _DEPTHS[old], anchors[old])
+        elif added:
+            holders.changed(bit, size, last)
 
     def _forget(self, item: int, tokens: float) -> None:
         self._held -= tokens

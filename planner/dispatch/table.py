@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ class DispatchTable:
         object.__setattr__(table, "_places", places)
         return table
 
-    @property
+    @cached_property
     def version(self) -> str:
         """12 hex digits of the content."""
         return _digest(self._body())

@@ -421,10 +421,13 @@ class FleetView:
         """A number that grows whenever what endpoints are believed to hold changes."""
         return self._holders.version
 
-    def changed_since(self, version: int) -> list[EndpointState]:
-        """Return the endpoints of which what they hold has changed since a `text_version`."""
-        changes = self._holders.changes
-        return [self._states[bit.bit_length() - 1] for bit, n in changes.items() if n > version]
+    def news(self, version: int) -> list[tuple[EndpointState, list[tuple[int, int]]]]:
+        """Return what has changed since a `text_version`, by endpoint.
+
+        `planner.dispatch.prefixes.concerns` says whether that is of interest to a prompt.
+        """
+        changes = self._holders.since(version)
+        return [(self._states[bit.bit_length() - 1], news) for bit, news in changes.items()]
 
     def spread(self, bits: int) -> npt.NDArray[np.bool_]:
         """Return a set of endpoints, given as bits, as a mask."""

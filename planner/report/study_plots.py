@@ -6,6 +6,7 @@ Two dozen policies do not fit a legend: where there are many, the best few of a 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -83,25 +84,34 @@ def _load_curves(group: Sequence[Setting]) -> dict[str, list[LoadPoint]]:
 
 
 def attainment_plot(settings: Sequence[Setting]) -> Figure:
-    """Draw the share of runs within a multiple of their time alone, a panel per setting."""
+    """Draw the share of runs within a multiple of their time alone, a panel per setting.
+
+    Each panel names its best few; a policy looks the same wherever it is named.
+    """
+    curves = [
+        {
+            policy["policy"]: [(scale, 100.0 * share) for scale, share in policy["attainment"]]
+            for policy in one["policies"]
+            if policy["attainment"]
+        }
+        for one in settings
+    ]
+    # The best has most runs within the scales shown.
+    named = [_named({n: -sum(share for _, share in c) for n, c in p.items()}) for p in curves]
+    # Those named most often come first: the plainest looks are theirs.
+    often = Counter(name for names in named for name in names)
+    place = {name: place for place, (name, _) in enumerate(often.most_common())}
     with rc_context(STYLE):
         figure, grid = _grid(len(settings))
-        for axes, one in zip(grid, settings, strict=True):
-            lines = {
-                policy["policy"]: [(scale, 100.0 * share) for scale, share in policy["attainment"]]
-                for policy in one["policies"]
-                if policy["attainment"]
-            }
-            # The best has most runs within the scales shown.
-            named = _named({n: -sum(share for _, share in line) for n, line in lines.items()})
+        for axes, one, lines, names in zip(grid, settings, curves, named, strict=True):
             for name, line in lines.items():
-                if name not in named:
+                if name not in names:
                     axes.plot(*zip(*line, strict=True), color=_FAINT, linewidth=0.7)
-            for place, name in enumerate(named):
+            for name in names:
                 axes.plot(
                     *zip(*lines[name], strict=True),
-                    color=PALETTE[place % len(PALETTE)],
-                    linestyle=DASHES[place % len(DASHES)],
+                    color=PALETTE[place[name] % len(PALETTE)],
+                    linestyle=DASHES[place[name] % len(DASHES)],
                     linewidth=2.4 if name == OURS else 1.2,
                     label=name,
                 )

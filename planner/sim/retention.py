@@ -119,6 +119,7 @@ class Keeper:
         self._at = at
         # Endpoint -> block -> its only run.
         self._owners: defaultdict[int, dict[int, str | None]] = defaultdict(dict)
+        self._noted: dict[tuple[str, int], tuple[int, ...]] = {}  # (run, endpoint) -> last chain
         self._pins: dict[str, tuple[int, int]] = {}  # run -> endpoint, serial
         self._open: dict[str, tuple[Idle, tuple[int, ...]]] = {}  # run -> what is asked again
         self._host: dict[tuple[str, int], tuple[int, ...]] = {}  # (run, endpoint) -> chain
@@ -167,8 +168,11 @@ class Keeper:
 
     def sent(self, run_id: str, index: int, chain: tuple[int, ...], now_s: float) -> int:
         """Return the leading tokens in host memory of a call sent to ``index``."""
-        owners = self._owners[index]
-        for block in chain:
+        owners, known = self._owners[index], self._noted.get((run_id, index), ())
+        # A run's next prompt mostly goes on from its last one.
+        start = len(known) if chain[: len(known)] == known else 0
+        self._noted[run_id, index] = chain
+        for block in chain[start:]:
             if owners.setdefault(block, run_id) != run_id:
                 owners[block] = None
         self._cluster.stop(f"offload {run_id}", now_s)
@@ -193,15 +197,17 @@ class Keeper:
     def ended(self, run_id: str, now_s: float) -> None:
         """Forget a run that is over."""
         self.let_go(run_id, now_s)
-        for key in [key for key in self._host if key[0] == run_id]:
-            del self._host[key]
+        for kept in (self._host, self._noted):
+            for key in [key for key in kept if key[0] == run_id]:
+                del kept[key]
 
     def lost(self, index: int, now_s: float) -> None:
         """Forget what a crashed endpoint held, its host memory included."""
         for run_id in [run_id for run_id, pin in self._pins.items() if pin[0] == index]:
             self.let_go(run_id, now_s)
-        for key in [key for key in self._host if key[1] == index]:
-            del self._host[key]
+        for kept in (self._host, self._noted):
+            for key in [key for key in kept if key[1] == index]:
+                del kept[key]
         self._owners.pop(index, None)
 
     def _expire(self, run_id: str, pin: tuple[int, int], now_s: float) -> None:

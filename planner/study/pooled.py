@@ -46,9 +46,15 @@ def resampled_quantiles(
     values, owners = values[order], owners[order]
     picks = np.random.default_rng(seed).integers(len(samples), size=(draws, len(samples)))
     times = np.stack([np.bincount(pick, minlength=len(samples)) for pick in picks])
-    reached = np.cumsum(times[:, owners], axis=1)
-    wanted = level * reached[:, -1:]
-    found: npt.NDArray[np.float64] = values[(reached >= wanted).argmax(axis=1)]
+    # By place, how many of each seed's values are up to there: a sample has `times` as many.
+    upto = np.cumsum(owners[:, None] == np.arange(len(samples)), axis=0)
+    wanted = level * (times * upto[-1]).sum(axis=1)
+    low, high = np.zeros(draws, dtype=np.intp), np.full(draws, len(values) - 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = (times * upto[middle]).sum(axis=1) >= wanted
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    found: npt.NDArray[np.float64] = values[low]
     return found
 
 

@@ -21,6 +21,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import TypeAlias
 
 import numpy as np
@@ -31,6 +32,7 @@ from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
+from planner.dispatch.prefixes import concerns
 from planner.dispatch.view import Candidates, EndpointState, FleetView
 
 __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
@@ -98,10 +100,13 @@ class Pairs:
         Seconds per token of KV that a way moves; shape (ways,).
     places
         The place of each way, by its ``indices``.
+    whole
+        Whether the ways are all endpoints of the fleet up to some, each by itself, in their order.
     """
 
     __slots__ = (
         "_kept", "decode", "decoders", "ends", "entry", "indices", "places", "pull_s", "split",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
@@ -116,6 +121,7 @@ class Pairs:
             for place, other in ways
         ]
         self.places = {ends: way for way, ends in enumerate(self.indices)}
+        self.whole = self.indices == [(index, -1) for index in range(len(ways))]
         self.ends = np.array(self.indices, dtype=np.intp).T
         self.entry = np.array([place for place, _ in ways])
         self.decode = np.array([other or 0 for _, other in ways])
@@ -134,6 +140,10 @@ def _decoders(state: EndpointState, decoders: Sequence[EndpointState]) -> list[i
         return [None]
     model = state.endpoint.model
     return [other for other, one in enumerate(decoders) if one.endpoint.model == model]
+
+
+_News: TypeAlias = list[tuple[EndpointState, list[tuple[int, int]]]]
+"""What endpoints hold that they did not, see `planner.dispatch.view.FleetView.news`."""
 
 
 class Text:
@@ -164,10 +174,12 @@ class Text:
                 self.missing[fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
             np.maximum(self.missing, 0.0, out=self.missing)
 
-    def refresh(self, call: Call, fleet: FleetView) -> None:
-        """Bring it up to date where something has changed."""
+    def refresh(self, call: Call, fleet: FleetView, changed: _News) -> None:
+        """Bring it up to date, given what has changed since its version."""
         prompt, most = call.prompt_tokens, max(0, call.prompt_tokens - 1)
-        for state in fleet.changed_since(self.version):
+        for state, news in changed:
+            if not concerns(news, call.prefix):
+                continue
             held = state.prefix.match(call.prefix) * call.prefix_tokens
             self.cached[state.index] = min(int(held), most)
             if fleet.pooled:
@@ -435,6 +447,11 @@ class Placement:
         self._closed.clear()
         self._able = ()
 
+    @property
+    def closed(self) -> int:
+        """The number of endpoints that nothing more goes to in this pass."""
+        return len(self._closed)
+
     def open(self, fleet: FleetView) -> bool:
         """Return whether anything could still be sent in this pass."""
         # Those that had room a call ago mostly have room now.
@@ -465,7 +482,11 @@ class Placement:
     def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
         """Return a call's ways through the fleet; see `Routes`."""
         pairs = self._ways(ready.candidates, ready.decoders)
-        return Routes(ready, pairs, self._text(ready.call, ready.fleet), imposed=imposed)
+        call, fleet = ready.call, ready.fleet
+        text = self._texts.get(call.call_id)
+        if text is None or text.version != fleet.text_version or text.states is not fleet.states:
+            (text,) = self._texts_of((call,), fleet)
+        return Routes(ready, pairs, text, imposed=imposed)
 
     def _ways(
         self, candidates: Sequence[EndpointState], decoders: Sequence[EndpointState]
@@ -486,16 +507,24 @@ class Placement:
         self._last = candidates, decoders, pairs
         return pairs
 
-    def _text(self, call: Call, fleet: FleetView) -> Text:
-        """Return what is held of a prompt; while its call waits, that mostly stays the same."""
-        known = self._texts.get(call.call_id)
-        if known is None or known.states is not fleet.states:
-            if len(self._texts) >= _MOST_TEXTS:
-                self._texts.clear()
-            known = self._texts[call.call_id] = Text(call, fleet)
-        elif known.version != fleet.text_version:
-            known.refresh(call, fleet)
-        return known
+    def _texts_of(self, calls: Sequence[Call], fleet: FleetView) -> list[Text]:
+        """Return what is held of prompts; while a call waits, that mostly stays the same."""
+        known, states, version = self._texts, fleet.states, fleet.text_version
+        changed: dict[int, _News] = {}  # since a version
+        texts: list[Text] = []
+        for call in calls:
+            text = known.get(call.call_id)
+            if text is None or text.states is not states:
+                if len(known) >= _MOST_TEXTS:
+                    known.clear()
+                text = known[call.call_id] = Text(call, fleet)
+            elif text.version != version:
+                since = changed.get(text.version)
+                if since is None:
+                    since = changed[text.version] = fleet.news(text.version)
+                text.refresh(call, fleet, since)
+            texts.append(text)
+        return texts
 
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
@@ -530,7 +559,7 @@ class Placement:
         if not candidates or 0 < candidates.prefill.size < len(candidates):
             return None
         decoders = serving[0].decoders if fleet.pooled else ()
-        texts = [self._text(call, fleet) for call in alike]
+        texts = self._texts_of(alike, fleet)
         pairs = self._ways(candidates, decoders)
         return Ahead(alike, texts, candidates, decoders, pairs, fleet, forecaster, now_s)
 
@@ -540,12 +569,10 @@ class Placement:
         if way is None and ahead.listed_s:
             waits_s = ahead.listed_s[row]
             if self._closed:
-                booked_s = self._booked_s
-                entries = ahead.pairs.indices
-                waits_s = [
-                    own_s + booked_s[entry]
-                    for own_s, (entry, _) in zip(waits_s, entries, strict=True)
-                ]
+                booked_s: Sequence[float] = self._booked_s
+                if not ahead.pairs.whole:
+                    booked_s = [booked_s[entry] for entry, _ in ahead.pairs.indices]
+                waits_s = list(map(add, waits_s, booked_s))
             way = waits_s.index(min(waits_s))
         elif way is None:
             way = int(self._behind_s(ahead.own_s[row], ahead.pairs).argmin())
@@ -575,10 +602,12 @@ class Placement:
 
     def _admitted(self, ends: Ends, call: Call, answer: float) -> bool:
         """Return whether all ends have room for a call; if not, keep its place there."""
-        full = False
+        closed, full = self._closed, False
         for state, _ in ends:
-            if not self.admits(state, _need(call, answer, state)):
-                self._closed.add(state.index)
+            if state.index in closed:
+                full = True
+            elif not has_room(state, _need(call, answer, state), self._depth):
+                closed.add(state.index)
                 full = True
         if not full:
             return True

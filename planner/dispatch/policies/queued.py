@@ -84,7 +84,11 @@ class Queue(ABC):
 
     def ranked(self, held: Sequence[Call], now_s: float) -> Iterable[Call]:
         """Return the waiting calls, most urgent first."""
-        return held if len(held) < 2 else sorted(held, key=lambda call: self.rank(call, now_s))
+        if len(held) < 2:
+            return held
+        key = self.key
+        # As by `rank`, with a call less each.
+        return [one[-1] for one in sorted([(key(one, now_s), one.call_id, one) for one in held])]
 
     def rank(self, call: Call, now_s: float) -> tuple[Any, str]:
         """Return the key with the call's name, so that the order of ties is fixed."""
@@ -158,7 +162,7 @@ class QueuedPolicy(Queue):
             yield from super()._offers(ranked, fleet, now_s)
             return
         self._found = None
-        queue, loads = iter(ranked), fleet.loads
+        queue, loads, placement = iter(ranked), fleet.loads, self.placement
         while calls := list(islice(queue, self.looks_ahead)):
             ahead: Ahead | None = None
             sent = -1
@@ -168,16 +172,19 @@ class QueuedPolicy(Queue):
                 else:
                     loads.advance(now_s)
                     if ahead is None or loads.total != sent:  # others wait longer for what was sent
-                        ahead = self.placement.look(calls[place:], fleet, self.forecaster, now_s)
+                        ahead = placement.look(calls[place:], fleet, self.forecaster, now_s)
                         sent = loads.total
                     if ahead is None or call.call_id not in ahead.rows:
                         yield call
                     else:
+                        closed = placement.closed
                         self._found = self.found(call, ahead)
                         if self._found is not None:
                             yield call
                             self._found = None
-                if not self.placement.open(fleet):
+                        elif placement.closed == closed:
+                            continue  # as open as before
+                if not placement.open(fleet):
                     return
 
     def choose(self, ready: Ready) -> Choice | Wait:

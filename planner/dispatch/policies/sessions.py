@@ -37,6 +37,7 @@ class Sessions:
         self._runs: dict[str, Owner] = {}
         self._owners: dict[int, Owner | None] = {}  # None: of several runs
         self.largest_tokens = 1
+        self._largest = NOBODY  # the owner of a context as large
 
     def arrived(self, call: Call) -> None:
         """Note the prompt of a call that has become ready."""
@@ -51,7 +52,12 @@ class Sessions:
                 owner.items.append(item)
             elif owners[item] is not owner:
                 owners[item] = None
-        self.largest_tokens = max(one.call.prompt_tokens for one in self._runs.values())
+        largest = self._largest
+        if largest is owner or self._runs.get(largest.call.run_id) is not largest:
+            self._largest = max(self._runs.values(), key=lambda one: one.call.prompt_tokens)
+        elif call.prompt_tokens > self.largest_tokens:
+            self._largest = owner
+        self.largest_tokens = self._largest.call.prompt_tokens
 
     def ended(self, run_id: str) -> None:
         """Forget a run that is over."""

@@ -1,8 +1,9 @@
 """Believed prefixes: one endpoint's, and those of all endpoints at once."""
 
 import numpy as np
+import pytest
 
-from planner.dispatch.prefixes import Holders, PrefixIndex, levels
+from planner.dispatch.prefixes import Holders, PrefixIndex, concerns, levels
 
 
 def chain(*parts: tuple[str, int]) -> tuple[int, ...]:
@@ -91,3 +92,37 @@ def test_nothing_is_left_in_the_directory_by_endpoints_that_forgot() -> None:
         one.clear()
     assert holders == {}
     assert levels(chain(("a", 300)), holders, {}) == []
+
+
+@pytest.mark.parametrize("capacity", [1e9, 900.0])
+def test_changes_that_do_not_concern_a_prompt_leave_its_match_as_it_was(capacity: float) -> None:
+    """Who looks again only where `since` names something of interest misses nothing."""
+    rng = np.random.default_rng(5)
+    looked = concerned = 0
+    for _ in range(20):
+        holders, indices = fleet(3, capacity)
+        prompts = [
+            chain(("system", int(rng.integers(1, 30))), (str(run), int(rng.integers(1, 90))))
+            for run in rng.integers(5, size=12)
+        ]
+        known = {(place, one): 0 for place in range(3) for one in range(12)}
+        seen = [holders.version] * 12
+        for _ in range(150):
+            sent = prompts[rng.integers(12)]
+            indices[rng.integers(3)].record(sent[: rng.integers(1, len(sent) + 1)], 1.0)
+            if rng.random() < 0.02:
+                indices[rng.integers(3)].clear()
+            if rng.random() < 0.7:
+                continue
+            for one in np.flatnonzero(rng.random(12) < 0.6).tolist():
+                for bit, news in holders.since(seen[one]).items():
+                    place = bit.bit_length() - 1
+                    looked += 1
+                    if concerns(news, prompts[one]):
+                        concerned += 1
+                        known[place, one] = indices[place].match(prompts[one])
+                seen[one] = holders.version
+                assert [known[place, one] for place in range(3)] == [
+                    index.match(prompts[one]) for index in indices
+                ]
+    assert concerned < looked or capacity < 1e9

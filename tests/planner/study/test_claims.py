@@ -251,6 +251,18 @@ def test_document_and_page(tmp_path: Path) -> None:
     assert "elsewhere" in study_table(found)
 
 
+def test_samples_of_whole_seeds_have_the_quantile_of_their_runs() -> None:
+    """As if the drawn seeds' runs were put side by side; seeds differ in their number of runs."""
+    rng = np.random.default_rng(2)
+    samples = [rng.lognormal(size=size).round(1).tolist() for size in (0, 3, 40, 1, 17)]
+    for level in (0.01, 0.5, 0.95, 1.0):
+        drawn = resampled_quantiles(samples, level, seed=4, draws=50)
+        picks = np.random.default_rng(4).integers(5, size=(50, 5))
+        for value, pick in zip(drawn, picks, strict=True):
+            if any(samples[one] for one in pick):
+                assert value == pooled_quantile([samples[one] for one in pick], level)
+
+
 def test_pooled_tail() -> None:
     """The tail is that of all runs together, its interval that of drawing whole seeds."""
     samples = [[1.0] * 99 + [50.0], [1.0] * 99 + [60.0], [1.0] * 97 + [70.0] * 3]
