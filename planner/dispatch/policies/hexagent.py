@@ -328,18 +328,20 @@ def _greedy(waiting: Sequence[_Waiting], states: Sequence[EndpointState]) -> dic
     own_s = np.full((len(waiting), len(pairs)), np.inf)
     for row, one in enumerate(waiting):
         own_s[row, columns[id(one.ways.pairs)]] = one.ways.own_s
-    uses = np.array([[index in pair for index in range(len(states))] for pair in names])
+    # By endpoint, the pairs that have it.
+    users = np.array([[index in pair for pair in names] for index in range(len(states))])
+    places = [having.nonzero()[0] for having in users]
     elapsed_s = np.array([one.elapsed_s for one in waiting])
     horizon_s = np.array([one.horizon_s for one in waiting])
     best = own_s.argmin(axis=1)
     projected_s = own_s[np.arange(len(waiting)), best]
     left = np.ones(len(waiting), dtype=bool)
+    stretch = ratios(elapsed_s + projected_s, horizon_s)
     books = _Books(len(states))
     plan: dict[str, _Entry] = {}
     for rank in range(len(waiting)):
-        stretch = ratios(elapsed_s + projected_s, horizon_s)
-        row = int(np.where(left, stretch, -np.inf).argmax())
-        left[row] = False
+        row = int(stretch.argmax())
+        left[row], stretch[row] = False, -np.inf
         call, chosen = waiting[row].call, names[best[row]]
         plan[call.call_id] = _Entry(rank, chosen[0], None if chosen[1] < 0 else chosen[1])
         ways = waiting[row].ways
@@ -347,10 +349,12 @@ def _greedy(waiting: Sequence[_Waiting], states: Sequence[EndpointState]) -> dic
             added_s = books.add(state, call, seconds)
             if added_s:
                 # Only what meant to go there can change its mind: waits never get shorter.
-                own_s[:, uses[:, state.index]] += added_s
-                hit = np.flatnonzero(left & uses[best, state.index])
-                best[hit] = own_s[hit].argmin(axis=1)
-                projected_s[hit] = own_s[hit, best[hit]]
+                own_s[:, places[state.index]] += added_s
+                hit = (left & users[state.index][best]).nonzero()[0]
+                if hit.size:
+                    best[hit] = own_s[hit].argmin(axis=1)
+                    projected_s[hit] = own_s[hit, best[hit]]
+                    stretch[hit] = ratios(elapsed_s[hit] + projected_s[hit], horizon_s[hit])
     return plan
 
 
