@@ -20,7 +20,10 @@ from itertools import takewhile
 from operator import itemgetter
 from typing import TypeAlias
 
-__all__ = ["Holders", "PrefixIndex", "concerns", "levels"]
+__all__ = ["Holders", "News", "PrefixIndex", "concerns", "levels"]
+
+News: TypeAlias = list[tuple[int, int]]
+"""What is new at an endpoint: for each change a depth and the item there, see `Holders.changed`."""
 
 _DENSE = 16
 _PER_OCTAVE = 8
@@ -44,9 +47,6 @@ _TAIL = 32
 
 _NEWS = 64
 """Changes of an endpoint that are told apart."""
-_New: TypeAlias = tuple[int, int]
-"""A depth and the item there."""
-_ANY: _New = (0, 0)
 
 _FORKS = 1024
 """Beginnings whose forks are kept."""
@@ -75,7 +75,7 @@ class Holders(dict[int, int]):
         super().__init__()
         self.version = version
         # By the bit of an endpoint: numbers of its last changes, rising, and what was new.
-        self._news: dict[int, deque[tuple[int, _New]]] = {}
+        self._news: dict[int, deque[tuple[int, tuple[int, int]]]] = {}
 
     def changed(self, bit: int, depth: int = 0, item: int = 0) -> None:
         """Note a change of what an endpoint holds.
@@ -85,8 +85,8 @@ class Holders(dict[int, int]):
         bit
             The endpoint.
         depth, item
-            If all that is new goes on from one item, that item, and what it is in its chain,
-            counted from 1; a depth of 0 stands for any change.
+            The first new item of a chain that is held deeper than before, and how many items of the
+            chain there are up to it; all else must be as before. A depth of 0: any change.
         """
         self.version += 1
         news = self._news.get(bit)
@@ -94,18 +94,22 @@ class Holders(dict[int, int]):
             news = self._news[bit] = deque(maxlen=_NEWS)
         news.append((self.version, (depth, item)))
 
-    def since(self, version: int) -> dict[int, list[_New]]:
-        """Return what has changed since a version, by endpoint; see `concerns`."""
-        found: dict[int, list[_New]] = {}
+    def since(self, version: int) -> dict[int, News]:
+        """Return what has changed since a version, by the endpoint's bit; see `concerns`."""
+        found: dict[int, News] = {}
         for bit, news in self._news.items():
             if news[-1][0] > version:
                 fresh = [new for _, new in takewhile(lambda one: one[0] > version, reversed(news))]
-                found[bit] = fresh if len(fresh) < _NEWS else [_ANY]
+                found[bit] = fresh if len(fresh) < _NEWS else [(0, 0)]
         return found
 
 
-def concerns(news: Iterable[_New], prefix: Sequence[int]) -> bool:
-    """Return whether changes may make a difference to how deep a chain is held."""
+def concerns(news: News, prefix: Sequence[int]) -> bool:
+    """Return whether changes may make a difference to how deep a chain is held.
+
+    What is new in another chain does so only if this one has its first new item, too: equal items
+    mean that all before is equal.
+    """
     size = len(prefix)
     return any(not depth or (depth <= size and prefix[depth - 1] == item) for depth, item in news)
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.dispatch.loads import LEAST_LEFT, Loads
-from planner.dispatch.prefixes import Holders, PrefixIndex, levels
+from planner.dispatch.prefixes import Holders, News, PrefixIndex, levels
 from planner.domain.fleet import Endpoint
 from planner.domain.latency import LatencyRow
 
@@ -421,7 +421,7 @@ class FleetView:
         """A number that grows whenever what endpoints are believed to hold changes."""
         return self._holders.version
 
-    def news(self, version: int) -> list[tuple[EndpointState, list[tuple[int, int]]]]:
+    def news(self, version: int) -> list[tuple[EndpointState, News]]:
         """Return what has changed since a `text_version`, by endpoint.
 
         `planner.dispatch.prefixes.concerns` says whether that is of interest to a prompt.

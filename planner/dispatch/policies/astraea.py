@@ -161,7 +161,7 @@ class Astraea(QueuedPolicy):
 
     def _drawn(self, queues: Sequence[Sequence[Call]], now_s: float) -> Iterator[Call]:
         for queue in queues:
-            yield from sorted(queue, key=lambda call: self.rank(call, now_s))
+            yield from super().ranked(queue, now_s)
             # A queue whose calls no endpoint could take counts as empty.
             if self.one_queue and any(self._servable(call) for call in queue):
                 return

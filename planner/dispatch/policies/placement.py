@@ -32,7 +32,7 @@ from planner.dispatch.events import Call
 from planner.dispatch.forecast import Forecaster
 from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
-from planner.dispatch.prefixes import concerns
+from planner.dispatch.prefixes import News, concerns
 from planner.dispatch.view import Candidates, EndpointState, FleetView
 
 __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
@@ -100,13 +100,10 @@ class Pairs:
         Seconds per token of KV that a way moves; shape (ways,).
     places
         The place of each way, by its ``indices``.
-    whole
-        Whether the ways are all endpoints of the fleet up to some, each by itself, in their order.
     """
 
     __slots__ = (
         "_kept", "decode", "decoders", "ends", "entry", "indices", "places", "pull_s", "split",
-        "whole",
     )  # fmt: skip
 
     def __init__(self, entries: Sequence[EndpointState], decoders: Sequence[EndpointState]) -> None:
@@ -121,7 +118,6 @@ class Pairs:
             for place, other in ways
         ]
         self.places = {ends: way for way, ends in enumerate(self.indices)}
-        self.whole = self.indices == [(index, -1) for index in range(len(ways))]
         self.ends = np.array(self.indices, dtype=np.intp).T
         self.entry = np.array([place for place, _ in ways])
         self.decode = np.array([other or 0 for _, other in ways])
@@ -140,10 +136,6 @@ def _decoders(state: EndpointState, decoders: Sequence[EndpointState]) -> list[i
         return [None]
     model = state.endpoint.model
     return [other for other, one in enumerate(decoders) if one.endpoint.model == model]
-
-
-_News: TypeAlias = list[tuple[EndpointState, list[tuple[int, int]]]]
-"""What endpoints hold that they did not, see `planner.dispatch.view.FleetView.news`."""
 
 
 class Text:
@@ -174,7 +166,9 @@ class Text:
                 self.missing[fleet.spread(who)] = call.prompt_tokens - depth * call.prefix_tokens
             np.maximum(self.missing, 0.0, out=self.missing)
 
-    def refresh(self, call: Call, fleet: FleetView, changed: _News) -> None:
+    def refresh(
+        self, call: Call, fleet: FleetView, changed: Sequence[tuple[EndpointState, News]]
+    ) -> None:
         """Bring it up to date, given what has changed since its version."""
         prompt, most = call.prompt_tokens, max(0, call.prompt_tokens - 1)
         for state, news in changed:
@@ -270,6 +264,8 @@ class Ahead:
         The place of each call, by its id.
     answers
         Expected output of each, tokens.
+    candidates
+        Endpoints they may be sent to.
     pairs
         The ways.
     own_s
@@ -279,7 +275,7 @@ class Ahead:
     """
 
     __slots__ = (
-        "_cached", "_candidates", "_decoders", "_enter_s", "_first", "_rest", "answers", "listed_s",
+        "_cached", "_decoders", "_enter_s", "_first", "_rest", "answers", "candidates", "listed_s",
         "own_s", "pairs", "rows",
     )  # fmt: skip
 
@@ -294,7 +290,7 @@ class Ahead:
         forecaster: Forecaster,
         now_s: float,
     ) -> None:
-        self._candidates, self._decoders, self.pairs = candidates, decoders, pairs
+        self.candidates, self._decoders, self.pairs = candidates, decoders, pairs
         self.rows = {call.call_id: row for row, call in enumerate(calls)}
         self.answers = [forecaster.of(call).output_tokens for call in calls]
         whole = [
@@ -321,7 +317,7 @@ class Ahead:
     def ends(self, row: int, way: int) -> Ends:
         """Return the one or two endpoints of a way, with the slot seconds of a call there."""
         place = self.pairs.entry.item(way)
-        first = self._candidates[place], self._first.item(row, place)
+        first = self.candidates[place], self._first.item(row, place)
         if self._rest is None or self.pairs.indices[way][1] < 0:
             return (first,)
         state = self._decoders[self.pairs.decode.item(way)]
@@ -482,11 +478,7 @@ class Placement:
     def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
         """Return a call's ways through the fleet; see `Routes`."""
         pairs = self._ways(ready.candidates, ready.decoders)
-        call, fleet = ready.call, ready.fleet
-        text = self._texts.get(call.call_id)
-        if text is None or text.version != fleet.text_version or text.states is not fleet.states:
-            (text,) = self._texts_of((call,), fleet)
-        return Routes(ready, pairs, text, imposed=imposed)
+        return Routes(ready, pairs, self._text(ready.call, ready.fleet, {}), imposed=imposed)
 
     def _ways(
         self, candidates: Sequence[EndpointState], decoders: Sequence[EndpointState]
@@ -507,24 +499,24 @@ class Placement:
         self._last = candidates, decoders, pairs
         return pairs
 
-    def _texts_of(self, calls: Sequence[Call], fleet: FleetView) -> list[Text]:
-        """Return what is held of prompts; while a call waits, that mostly stays the same."""
-        known, states, version = self._texts, fleet.states, fleet.text_version
-        changed: dict[int, _News] = {}  # since a version
-        texts: list[Text] = []
-        for call in calls:
-            text = known.get(call.call_id)
-            if text is None or text.states is not states:
-                if len(known) >= _MOST_TEXTS:
-                    known.clear()
-                text = known[call.call_id] = Text(call, fleet)
-            elif text.version != version:
-                since = changed.get(text.version)
-                if since is None:
-                    since = changed[text.version] = fleet.news(text.version)
-                text.refresh(call, fleet, since)
-            texts.append(text)
-        return texts
+    def _text(
+        self, call: Call, fleet: FleetView, changed: dict[int, list[tuple[EndpointState, News]]]
+    ) -> Text:
+        """Return what is held of a prompt; while its call waits, that mostly stays the same.
+
+        ``changed`` is kept for calls asked about together: the news since the versions they know.
+        """
+        text = self._texts.get(call.call_id)
+        if text is None or text.states is not fleet.states:
+            if len(self._texts) >= _MOST_TEXTS:
+                self._texts.clear()
+            text = self._texts[call.call_id] = Text(call, fleet)
+        elif text.version != fleet.text_version:
+            since = changed.get(text.version)
+            if since is None:
+                since = changed[text.version] = fleet.news(text.version)
+            text.refresh(call, fleet, since)
+        return text
 
     def place(self, ready: Ready) -> Route | None:
         """Return the call's best route if it has room, else None, and keep its place there."""
@@ -559,7 +551,8 @@ class Placement:
         if not candidates or 0 < candidates.prefill.size < len(candidates):
             return None
         decoders = serving[0].decoders if fleet.pooled else ()
-        texts = self._texts_of(alike, fleet)
+        changed: dict[int, list[tuple[EndpointState, News]]] = {}
+        texts = [self._text(call, fleet, changed) for call in alike]
         pairs = self._ways(candidates, decoders)
         return Ahead(alike, texts, candidates, decoders, pairs, fleet, forecaster, now_s)
 
@@ -570,7 +563,7 @@ class Placement:
             waits_s = ahead.listed_s[row]
             if self._closed:
                 booked_s: Sequence[float] = self._booked_s
-                if not ahead.pairs.whole:
+                if not ahead.candidates.whole:
                     booked_s = [booked_s[entry] for entry, _ in ahead.pairs.indices]
                 waits_s = list(map(add, waits_s, booked_s))
             way = waits_s.index(min(waits_s))

@@ -87,12 +87,8 @@ class Queue(ABC):
         if len(held) < 2:
             return held
         key = self.key
-        # As by `rank`, with a call less each.
+        # With their names, so that the order of ties is fixed.
         return [one[-1] for one in sorted([(key(one, now_s), one.call_id, one) for one in held])]
-
-    def rank(self, call: Call, now_s: float) -> tuple[Any, str]:
-        """Return the key with the call's name, so that the order of ties is fixed."""
-        return self.key(call, now_s), call.call_id
 
     def _offers(self, ranked: Iterable[Call], fleet: FleetView, now_s: float) -> Iterator[Call]:  # noqa: ARG002
         for call in ranked:

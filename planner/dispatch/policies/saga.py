@@ -281,7 +281,7 @@ class Saga(QueuedPolicy):
     def _drawn(self, held: Sequence[Call], now_s: float) -> Iterator[Call]:
         blocked: Call | None = None
         fleet = self.fleet
-        for call in sorted(held, key=lambda call: self.rank(call, now_s)):
+        for call in super().ranked(held, now_s):
             target = self._target.get(call.call_id)
             if target is None or fleet is None:
                 yield call

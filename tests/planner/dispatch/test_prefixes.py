@@ -94,7 +94,7 @@ def test_nothing_is_left_in_the_directory_by_endpoints_that_forgot() -> None:
     assert levels(chain(("a", 300)), holders, {}) == []
 
 
-@pytest.mark.parametrize("capacity", [1e9, 900.0])
+@pytest.mark.parametrize("capacity", [1e9, 150.0])
 def test_changes_that_do_not_concern_a_prompt_leave_its_match_as_it_was(capacity: float) -> None:
     """Who looks again only where `since` names something of interest misses nothing."""
     rng = np.random.default_rng(5)
