@@ -420,6 +420,11 @@ class Placement:
     ----------
     depth
         How many times what it can run an endpoint may have, >= 1.
+
+    Attributes
+    ----------
+    closed
+        Indices of the endpoints that nothing more goes to in this pass.
     """
 
     def __init__(self, *, depth: float = 1.0) -> None:
@@ -430,7 +435,7 @@ class Placement:
         self._fleet: FleetView | None = None
         self._texts: dict[str, Text] = {}
         self._booked_s = array("d", bytes(8))
-        self._closed: set[int] = set()
+        self.closed: set[int] = set()
         self._able: tuple[EndpointState, ...] = ()
 
     def begin(self, fleet: FleetView) -> None:
@@ -440,13 +445,8 @@ class Placement:
             self._texts.clear()
         # One place more than endpoints: that of no decoder, at -1.
         self._booked_s = array("d", bytes(8 * (len(fleet.states) + 1)))
-        self._closed.clear()
+        self.closed.clear()
         self._able = ()
-
-    @property
-    def closed(self) -> int:
-        """The number of endpoints that nothing more goes to in this pass."""
-        return len(self._closed)
 
     def open(self, fleet: FleetView) -> bool:
         """Return whether anything could still be sent in this pass."""
@@ -473,7 +473,7 @@ class Placement:
 
     def admits(self, state: EndpointState, tokens: float = 0.0) -> bool:
         """Return whether a call may be sent to an endpoint in this pass."""
-        return state.index not in self._closed and has_room(state, tokens, self._depth)
+        return state.index not in self.closed and has_room(state, tokens, self._depth)
 
     def routes(self, ready: Ready, *, imposed: bool = True) -> Routes:
         """Return a call's ways through the fleet; see `Routes`."""
@@ -534,7 +534,7 @@ class Placement:
         answer = ready.forecaster.of(ready.call).output_tokens
         if self.admits(state, _need(ready.call, answer, state)):
             return False
-        self._closed.add(state.index)
+        self.closed.add(state.index)
         return True
 
     def look(
@@ -561,7 +561,7 @@ class Placement:
         row = ahead.rows[call.call_id]
         if way is None and ahead.listed_s:
             waits_s = ahead.listed_s[row]
-            if self._closed:
+            if self.closed:
                 booked_s: Sequence[float] = self._booked_s
                 if not ahead.candidates.whole:
                     booked_s = [booked_s[entry] for entry, _ in ahead.pairs.indices]
@@ -579,7 +579,7 @@ class Placement:
         return self._behind_s(routes.own_s, routes.pairs)
 
     def _behind_s(self, own_s: Floats, pairs: Pairs) -> Floats:
-        if not self._closed:
+        if not self.closed:
             return own_s
         booked_s: Floats = np.frombuffer(self._booked_s)
         waits_s: Floats = booked_s[pairs.ends[0]]
@@ -595,7 +595,7 @@ class Placement:
 
     def _admitted(self, ends: Ends, call: Call, answer: float) -> bool:
         """Return whether all ends have room for a call; if not, keep its place there."""
-        closed, full = self._closed, False
+        closed, full = self.closed, False
         for state, _ in ends:
             if state.index in closed:
                 full = True

@@ -166,19 +166,19 @@ class QueuedPolicy(Queue):
                 if len(calls) < _LEAST_LOOKED_AT or self.unseen(call):
                     yield call
                 else:
-                    loads.advance(now_s)
                     if ahead is None or loads.total != sent:  # others wait longer for what was sent
+                        loads.advance(now_s)
                         ahead = placement.look(calls[place:], fleet, self.forecaster, now_s)
                         sent = loads.total
                     if ahead is None or call.call_id not in ahead.rows:
                         yield call
                     else:
-                        closed = placement.closed
+                        closed = len(placement.closed)
                         self._found = self.found(call, ahead)
                         if self._found is not None:
                             yield call
                             self._found = None
-                        elif placement.closed == closed:
+                        elif len(placement.closed) == closed:
                             continue  # as open as before
                 if not placement.open(fleet):
                     return
