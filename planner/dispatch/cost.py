@@ -134,14 +134,16 @@ def call_cost(
     now_s: float,
     *,
     prefilled: bool = False,
+    imposed: bool = True,
 ) -> Cost:
     """Return the cost of sending a call to an endpoint now.
 
-    ``prefilled`` says that its prompt was computed elsewhere; its KV comes along.
+    ``prefilled`` says that its prompt was computed elsewhere; its KV comes along. Without
+    ``imposed`` the delay imposed on others is left out (NaN).
     """
     depth = 0 if prefilled else state.prefix.match(prefix)
     cached = _cached(prompt_tokens, depth, prefix_tokens, prefilled=prefilled)
-    return _cost(prompt_tokens, cached, forecast.output_tokens, state, now_s)
+    return _cost(prompt_tokens, cached, forecast.output_tokens, state, now_s, imposed=imposed)
 
 
 def _cached(prompt_tokens: int, depth: int, prefix_tokens: float, *, prefilled: bool) -> int:
@@ -152,7 +154,9 @@ def _cached(prompt_tokens: int, depth: int, prefix_tokens: float, *, prefilled: 
     return max(cached, 0)
 
 
-def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: float) -> Cost:
+def _cost(
+    prompt: int, cached: int, output: float, state: EndpointState, now_s: float, *, imposed: bool
+) -> Cost:
     view = state.view
     view.loads.advance(now_s)
     row, endpoint, calls = state.latency, state.endpoint, state.in_flight
@@ -174,12 +178,13 @@ def _cost(prompt: int, cached: int, output: float, state: EndpointState, now_s: 
     if not calls:
         base_s = max(0.0, row.prefill_base_ms - row.decode_base_ms) * 1e-3 * row.scale
     service_s = prefill_s + base_s + output * step_s
-    wait_s, imposed_s = queue_s, 0.0
-    if calls:
+    wait_s, imposed_s = queue_s, 0.0 if imposed else math.nan
+    if calls >= slots:
+        wait_s = max(queue_s, view.loads.turn_tokens(state, slots) * step_s)
+    if calls and imposed:
         drag_s = slope_s + kv_s * own_context
         imposed_s = state.criticality * prefill_s
         if calls >= slots:
-            wait_s = max(queue_s, view.loads.turn_tokens(state, slots) * step_s)
             # It delays the running calls only once it runs itself: half of them are gone by then.
             imposed_s += 0.5 * view.loads.delay_tokens(state, 2.0 * output) * drag_s
             # Everything that comes next waits about one slot turn of this call longer.
@@ -267,7 +272,10 @@ def fleet_costs(
         delay -= saved
     if prompt_tokens + output > loads.least_room_tokens:
         for index in (loads.room_tokens < prompt_tokens + output).nonzero()[0].tolist():
-            cost = _cost(prompt_tokens, int(cached[index]), output, view.states[index], now_s)
+            cost = _cost(
+                prompt_tokens, int(cached[index]), output, view.states[index], now_s,
+                imposed=imposed,
+            )  # fmt: skip
             own[index], service[index] = cost.own_s, cost.service_s
             if imposed:
                 delay[index] = cost.imposed_s
@@ -317,6 +325,6 @@ def waiting_costs(
         for place, index in zip(short[0].tolist(), short[1].tolist(), strict=True):
             prompt, output = sizes[place]
             held = int(cached[place, min(index, cached.shape[1] - 1)])
-            cost = _cost(prompt, held, output, view.states[index], now_s)
+            cost = _cost(prompt, held, output, view.states[index], now_s, imposed=False)
             own[place, index], service[place, index] = cost.own_s, cost.service_s
     return own, service

@@ -7,9 +7,10 @@ clock; the router reads no clock of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from planner.dispatch.ranking import Ranking
+from planner.domain.records import record
 
 __all__ = [
     "BranchTaken",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class Call:
     """A call that is ready, as far as it is known before it runs.
 
@@ -93,7 +94,7 @@ class Call:
         return self.prompt_tokens + (self.max_tokens or 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class RunStarted:
     """A run of a workflow began."""
 
@@ -103,7 +104,7 @@ class RunStarted:
     tenant: str = "default"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class ToolStarted:
     """A node of a run that is not a call began its work."""
 
@@ -112,7 +113,7 @@ class ToolStarted:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class ToolFinished:
     """It ended."""
 
@@ -121,7 +122,7 @@ class ToolFinished:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class BranchTaken:
     """A branch of a run was decided."""
 
@@ -131,14 +132,14 @@ class BranchTaken:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class Tick:
     """Time has passed: a `Hold` asked to be woken at this instant."""
 
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class RunEnded:
     """A run is over; nothing more of it will come."""
 
@@ -146,7 +147,7 @@ class RunEnded:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class CallArrived:
     """A call is ready to be sent; ``exclude`` names endpoints it has already failed on."""
 
@@ -155,7 +156,7 @@ class CallArrived:
     exclude: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class PrefillFinished:
     """The prefill endpoint of a call has done its part; only with prefill/decode pools."""
 
@@ -163,7 +164,7 @@ class PrefillFinished:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class FirstToken:
     """The first token of a call came back; ``seen`` is False where it is only due."""
 
@@ -172,7 +173,7 @@ class FirstToken:
     seen: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class CallFinished:
     """A call ended well; the token counts are the engine's, None where it did not say."""
 
@@ -183,7 +184,7 @@ class CallFinished:
     cached_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class CallFailed:
     """The endpoint failed the call."""
 
@@ -192,7 +193,7 @@ class CallFailed:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class CallCancelled:
     """The client went away."""
 
@@ -200,7 +201,7 @@ class CallCancelled:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class EndpointDown:
     """An endpoint (by index) takes no more calls."""
 
@@ -208,7 +209,7 @@ class EndpointDown:
     now_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class EndpointUp:
     """An endpoint takes calls again; ``cold`` says its cache is empty."""
 
@@ -235,9 +236,9 @@ Event = (
 )
 
 
-@dataclass(slots=True, kw_only=True)
+@record()
 class Send:
-    """Send the call now; like all that is made for each decision it is not frozen.
+    """Send the call now.
 
     Parameters
     ----------
@@ -275,7 +276,7 @@ class Send:
     ranking: Ranking | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class Hold:
     """Keep the call for now; a later event sends it.
 

@@ -7,12 +7,12 @@ workflow graph, so it knows joins, branches and loops.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from planner.dispatch.events import Call
 from planner.dispatch.joins import RunDelay, run_delays
 from planner.dispatch.loads import LEAST_LEFT
 from planner.domain.estimates import EstimateTable, Quantiles, WorkflowEstimate
+from planner.domain.records import record
 from planner.domain.run import RunSpec
 from planner.domain.workflow import Workflow
 from planner.graph.analysis import criticality, remaining_s
@@ -40,7 +40,7 @@ def _durations(run: RunSpec) -> list[float]:
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class Forecast:
     """What is expected of a call.
 

@@ -9,7 +9,7 @@ The delay a call imposes on residents is not linear in its output: it needs
 F(x) = sum_j w_j min(x, left_j), with w the residents' criticalities and left_j what remains of
 their outputs. F is concave and piecewise linear; it is kept at x = sqrt(2)^k and interpolated,
 which understates a resident's share by 8.6% at worst and by nothing where left_j is in another
-interval than x.
+interval than x. Most policies never ask for it, so it is kept from when it is first asked for.
 
 ``left_j`` falls while a resident decodes. It is brought up to date for all residents together, at
 the first token of a call that comes `SWEEP_S` seconds after the last time, or in a decision when
@@ -180,9 +180,6 @@ class Loads:
         Where a decision reckons with all this.
     in_flight, total
         Calls of each endpoint, and of all.
-    imposed
-        (knots, endpoints): F of each; of endpoints with no free slot F(2x) / 2, since a call that
-        waits for a slot meets half of what remains of the others.
     """
 
     def __init__(self, states: Sequence[EndpointState], *, pooled: bool = False) -> None:
@@ -202,14 +199,15 @@ class Loads:
         self.queue_s: Floats = np.frombuffer(self._queue)
         self.room_tokens: Floats = np.frombuffer(self._room)
         self.in_flight: npt.NDArray[np.int64] = np.frombuffer(self._calls, dtype=np.int64)
-        self.imposed: Floats = np.zeros((_KNOTS, size))
         self.least_room_tokens = math.inf
         self.workspace = Pass(size)
         self.total = 0
         self._seconds: list[_Seconds | None] = [None] * size
         self._own = array("d", bytes(8 * _OWN_ROWS * size))
         self._alone: Floats = np.frombuffer(self._own).reshape(_OWN_ROWS, size)
-        self._delay: Floats = np.zeros((size, _KNOTS))  # F itself
+        self._kept = False  # whether F is
+        self._delay: Floats = np.zeros((size, _KNOTS))
+        self._imposed: Floats = np.zeros((_KNOTS, size))
         self._tokens_per_s: Floats = np.frombuffer(self._pace)
         self._first_knots = (np.arange(size) * _KNOTS)[:, None]
         self._slots = np.array([state.endpoint.max_num_seqs for state in states])
@@ -239,7 +237,7 @@ class Loads:
         if self._pooled:
             self._stay[index, place] = resident.output_tokens
             self._least[index, place] = resident.least_left * resident.output_tokens
-        if resident.criticality:
+        if self._kept and resident.criticality:
             self._delay[index] += _share(resident.output_tokens, resident.criticality)
 
     def first_token(self, state: EndpointState, resident: Resident, now_s: float) -> None:
@@ -251,7 +249,9 @@ class Loads:
     def remove(self, state: EndpointState, resident: Resident) -> None:
         """Stop counting a resident; `update` comes after it."""
         index, there, place = state.index, self._residents[state.index], resident.place
-        if len(there) == 1:
+        if not self._kept:
+            pass
+        elif len(there) == 1:
             self._delay[index] = 0.0  # floats summed in another order; an idle endpoint is exact
         elif resident.criticality:
             self._delay[index] -= _share(self._left.item(index, place), resident.criticality)
@@ -292,13 +292,15 @@ class Loads:
             if not calls:
                 base = seconds.base
                 room = math.inf
-            self.imposed[:, index] = self._delay[index]
+            if self._kept:
+                self._imposed[:, index] = self._delay[index]
         else:
             step = fixed + slope * slots + per_kv * (slots - 1) * context / calls
             room = state.kv_tokens * (calls + 1) / slots - context
             later = (calls + 1 - slots) / slots
             turn = self.turn_tokens(state, slots)
-            self.imposed[:-2, index] = 0.5 * self._delay[index, 2:]
+            if self._kept:
+                self._imposed[:-2, index] = 0.5 * self._delay[index, 2:]
         weight = state.criticality + later
         queued = state.prefill_tokens
         cells, size = self._cells, len(self._states)
@@ -363,8 +365,21 @@ class Loads:
         steps: float = ordered.item(place)
         return steps + turns * float(stay.sum()) / calls if turns else steps
 
+    @property
+    def imposed(self) -> Floats:
+        """F of each endpoint at the knots; shape (knots, endpoints).
+
+        Of those with no free slot F(2x) / 2, since a call that waits for a slot meets half of what
+        remains of the others.
+        """
+        if not self._kept:
+            self._keep()
+        return self._imposed
+
     def delay_tokens(self, state: EndpointState, tokens: float) -> float:
         """Return F(``tokens``) of one endpoint: steps shared with its residents, weighted."""
+        if not self._kept:
+            self._keep()
         place, part = knot(tokens)
         low, high = self._delay[state.index, place : place + 2].tolist()
         return float(low + part * (high - low))
@@ -390,11 +405,22 @@ class Loads:
             np.maximum(left, self._least[:, :width], out=self._stay[:, :width])
         np.maximum(left, LEAST_LEFT * output, out=left)
         self._left[:, :width] = left
-        self._resum(left, self._weight[:, :width])
-        self._returns((self.in_flight >= self._slots).nonzero()[0], self._stay[:, :width])
+        full = (self.in_flight >= self._slots).nonzero()[0]
+        if self._kept:
+            self._resum(left, self._weight[:, :width], full)
+        if full.size:
+            self._returns(full, self._stay[:, :width])
 
-    def _resum(self, left: Floats, weight: Floats) -> None:
-        """Make F anew: those shorter than x count with their length, the others with x."""
+    def _keep(self) -> None:
+        """Keep F from now on."""
+        self._kept = True
+        self._resum(self._left, self._weight, (self.in_flight >= self._slots).nonzero()[0])
+
+    def _resum(self, left: Floats, weight: Floats, full: npt.NDArray[np.intp]) -> None:
+        """Make F anew: those shorter than x count with their length, the others with x.
+
+        ``full`` has the endpoints with no free slot.
+        """
         size = len(self._states)
         places = np.log2(np.maximum(left, 1.0))
         places *= 2.0
@@ -407,13 +433,12 @@ class Loads:
         longer = above[:, ::-1].cumsum(axis=1)[:, ::-1]
         shorter = below.cumsum(axis=1) - below
         self._delay = shorter + _GRID * longer
-        self.imposed[:] = self._delay.T
+        self._imposed[:] = self._delay.T
+        if full.size:
+            self._imposed[:-2, full] = 0.5 * self._delay[full, 2:].T
 
     def _returns(self, full: npt.NDArray[np.intp], stay: Floats) -> None:
-        """Make anew what depends on the residents of endpoints with no free slot."""
-        if not full.size:
-            return
-        self.imposed[:-2, full] = 0.5 * self._delay[full, 2:].T
+        """Make anew when the slots of endpoints with no free one come back."""
         calls, slots = self.in_flight[full], self._slots[full]
         turns, places = np.divmod(calls - slots, slots)
         # Empty places are zeros and sort to the front.

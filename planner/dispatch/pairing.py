@@ -50,7 +50,7 @@ def decode_s(
     missing = call.prompt_tokens - decode.prefix.match(call.prefix) * call.prefix_tokens
     cost = call_cost(
         call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, decode, now_s,
-        prefilled=True,
+        prefilled=True, imposed=False,
     )  # fmt: skip
     return pull_s(missing, prefill, decode) + cost.own_s
 

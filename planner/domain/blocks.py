@@ -11,7 +11,8 @@ Hashes are plain integers made from integers, so they are the same in every proc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from planner.domain.records import record
 
 __all__ = ["BLOCK_TOKENS", "Segment", "block_hashes", "total_tokens"]
 
@@ -19,7 +20,7 @@ BLOCK_TOKENS = 16
 """Tokens per KV block, vLLM's default."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(kw_only=False)
 class Segment:
     """A run of tokens with an identity.
 

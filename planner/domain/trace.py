@@ -31,13 +31,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from planner.domain.check import number
 from planner.domain.errors import TraceFormatError
 from planner.domain.files import atomic_write, read_jsonl
+from planner.domain.records import record
 
 __all__ = [
     "TRACE_SCHEMA",
@@ -55,7 +56,7 @@ __all__ = [
 TRACE_SCHEMA = "almanac.trace/1"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class RunRecord:
     """One run.
 
@@ -76,7 +77,7 @@ class RunRecord:
     deadline_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class CallRecord:
     """One attempt of a call.
 
@@ -135,7 +136,7 @@ class CallRecord:
     runner_up_excess_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class ToolRecord:
     """One tool or code node execution."""
 
@@ -147,7 +148,7 @@ class ToolRecord:
     status: str = "ok"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record()
 class BranchRecord:
     """One outcome taken; ``visit`` counts earlier choices of the same branch in the run."""
 

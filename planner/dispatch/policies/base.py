@@ -157,10 +157,15 @@ class Selective(Protocol):
 
 
 def cost_of(call: Call, forecast: Forecast, state: EndpointState, now_s: float) -> Cost:
-    """Return the predicted cost of a call on an endpoint, of its prefill if it only does that."""
+    """Return the predicted cost of a call on an endpoint, of its prefill if it only does that.
+
+    Its own: the delay imposed on others is left out.
+    """
     if state.endpoint.role == "prefill":
         forecast = prefill_only(forecast)
-    return call_cost(call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s)
+    return call_cost(
+        call.prompt_tokens, call.prefix, call.prefix_tokens, forecast, state, now_s, imposed=False
+    )
 
 
 def costs_of(

@@ -15,7 +15,7 @@ class LeastExpectedFinish:
 
     def choose(self, ready: Ready) -> Choice:
         """Return the candidate with the least expected finish."""
-        costs = costs_of(ready)
+        costs = costs_of(ready, imposed=False)
         scores = costs.own_s
         position = least(scores)
         return Choice(

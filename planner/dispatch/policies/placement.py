@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import add
 from typing import TypeAlias
 
@@ -34,6 +33,7 @@ from planner.dispatch.pairing import pull_s, transfer_s
 from planner.dispatch.policies.base import Ready, costs_of
 from planner.dispatch.prefixes import News, concerns
 from planner.dispatch.view import Candidates, EndpointState, FleetView
+from planner.domain.records import record
 
 __all__ = ["Alone", "Ends", "Pairs", "Placement", "Route", "Routes", "has_room", "service_s"]
 
@@ -52,7 +52,7 @@ Ends: TypeAlias = tuple[tuple[EndpointState, float], ...]
 """Endpoints of a way with the slot seconds there."""
 
 
-@dataclass(frozen=True, slots=True)
+@record(kw_only=False)
 class Route:
     """One way for a call through the fleet.
 

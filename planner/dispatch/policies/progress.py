@@ -18,6 +18,7 @@ from planner.dispatch.events import (
     RunEnded,
     RunStarted,
 )
+from planner.domain.records import record
 
 __all__ = ["Ended", "RunProgress", "Runs", "first_attempt"]
 
@@ -27,7 +28,7 @@ def first_attempt(call_id: str) -> str:
     return call_id.partition("#")[0]
 
 
-@dataclass(frozen=True, slots=True)
+@record(kw_only=False)
 class Ended:
     """A call that is over.
 
