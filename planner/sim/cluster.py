@@ -16,7 +16,7 @@ from planner.domain.errors import InvalidInput
 from planner.domain.fleet import Fleet
 from planner.sim.blockpool import Eviction
 from planner.sim.engine import Engine, EngineConfig, EngineEvent
-from planner.sim.steptime import RowStepTime
+from planner.sim.steptime import RowStepTime, standard_normals
 from planner.sim.transfer import Links
 
 __all__ = ["Cluster"]
@@ -43,7 +43,7 @@ class Cluster:
         eviction: Callable[[], Eviction] | None = None,
     ) -> None:
         self.fleet = fleet
-        self._rngs = rng.spawn(len(fleet.endpoints))
+        self._normals = [standard_normals(own) for own in rng.spawn(len(fleet.endpoints))]
         self._noise_cv = noise_cv
         self._eviction = eviction
         # The draws of an engine go on after a restart.
@@ -67,7 +67,7 @@ class Cluster:
         return Engine(
             EngineConfig.from_endpoint(endpoint),
             RowStepTime(endpoint.latency),
-            rng=self._rngs[index],
+            normals=self._normals[index],
             noise_cv=self._noise_cv,
             eviction=self._eviction() if self._eviction else None,
         )

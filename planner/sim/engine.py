@@ -47,12 +47,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from heapq import heapify, heappop, heappush
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from planner.domain.errors import IllegalEvent, InvalidInput
 from planner.domain.fleet import Endpoint
@@ -339,9 +337,10 @@ class Engine:
         Its limits.
     step_time
         How long steps take.
-    rng, noise_cv
+    normals, noise_cv
         Multiply steps by lognormal noise of mean 1 and this coefficient of variation (>= 0; 0
-        needs no generator). One draw covers one prefill step, or up to 32 decode steps.
+        needs no normals). One of the normals, standard and without end, covers one prefill step, or
+        up to 32 decode steps.
     eviction
         Which cached blocks go first; None is vLLM's own order, least recently freed first.
 
@@ -379,13 +378,13 @@ class Engine:
         "_growth_s",
         "_kept",
         "_live",
+        "_normals",
         "_partial",
         "_phases",
         "_pins",
         "_pool",
         "_prefilled",
         "_pulled",
-        "_rng",
         "_running",
         "_scale",
         "_serials",
@@ -416,20 +415,20 @@ class Engine:
         config: EngineConfig,
         step_time: StepTime,
         *,
-        rng: np.random.Generator | None = None,
+        normals: Iterator[float] | None = None,
         noise_cv: float = 0.0,
         eviction: Eviction | None = None,
     ) -> None:
-        if noise_cv < 0 or (noise_cv > 0 and rng is None):
+        if noise_cv < 0 or (noise_cv > 0 and normals is None):
             raise InvalidInput(
                 f"noise of cv {noise_cv!r}",
                 where="noise_cv",
-                remedy="use a number >= 0 and pass a generator",
+                remedy="use a number >= 0 and pass normals",
             )
         self.config = config
         self.step_time = step_time
         self.now_s = 0.0
-        self._rng = rng
+        self._normals = normals
         self._cv = noise_cv
         variance = math.log1p(noise_cv * noise_cv)
         self._spread, self._shift = math.sqrt(variance), 0.5 * variance
@@ -1296,8 +1295,8 @@ class Engine:
             raise IllegalEvent(f"{now_s} s is not within reach of {self!r}; advance it first")
 
     def _noise(self) -> float:
-        assert self._rng is not None  # noqa: S101 - checked by the constructor
-        return math.exp(self._spread * self._rng.standard_normal() - self._shift)
+        assert self._normals is not None  # noqa: S101 - checked by the constructor
+        return math.exp(self._spread * next(self._normals) - self._shift)
 
     def _check(self, request: EngineRequest) -> None:
         config = self.config

@@ -21,7 +21,7 @@ from planner.domain.faults import FAULT_KINDS, Fault
 from planner.domain.fleet import Endpoint
 from planner.domain.ids import EndpointId
 from planner.sim.engine import Engine, EngineConfig, EngineRequest
-from planner.sim.steptime import RowStepTime
+from planner.sim.steptime import RowStepTime, standard_normals
 from runtime.clock import Clock
 from runtime.mock.answers import Writer, usage_json
 from runtime.mock.ballast import Ballast
@@ -81,7 +81,7 @@ class MockEndpoint:
         self.vocabulary = Vocabulary()
         self.board = FaultBoard(self, clock, seed=crc32(endpoint.id.encode()) ^ config.seed)
         self._exchange = exchange
-        self._rng = rng
+        self._normals = standard_normals(rng)
         self._engine_config = EngineConfig.from_endpoint(endpoint)
         # vLLM refuses to start with a context its cache cannot hold; here the context shrinks.
         held = (self._engine_config.kv_blocks - 1) * self._engine_config.block_tokens
@@ -111,7 +111,7 @@ class MockEndpoint:
         engine = Engine(
             self._engine_config,
             RowStepTime(self.endpoint.latency),
-            rng=self._rng,
+            normals=self._normals,
             noise_cv=self.config.noise_cv,
         )
         self.metrics = EngineMetrics(

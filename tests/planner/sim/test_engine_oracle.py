@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.domain.blocks import Segment, block_hashes
 from planner.domain.latency import LatencyRow
 from planner.sim.engine import Engine, EngineConfig, EngineRequest
-from planner.sim.steptime import Batch, RowStepTime
+from planner.sim.steptime import Batch, RowStepTime, standard_normals
 
 ROW = LatencyRow(
     prefill_base_ms=7.3,
@@ -388,7 +388,12 @@ def test_step_by_step_gives_the_same_bits_as_advance(
     config, requests = case
 
     def engine() -> Engine:
-        return Engine(config, RowStepTime(ROW), rng=np.random.default_rng(7), noise_cv=noise_cv)
+        return Engine(
+            config,
+            RowStepTime(ROW),
+            normals=standard_normals(np.random.default_rng(7)),
+            noise_cv=noise_cv,
+        )
 
     advanced = engine()
     for request in requests:

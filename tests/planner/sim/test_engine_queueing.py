@@ -9,7 +9,7 @@ import pytest
 from planner.domain.latency import LatencyRow
 from planner.sim.engine import Engine, EngineConfig, EngineRequest
 from planner.sim.fidelity import fixed_trace, replay, run_fleet
-from planner.sim.steptime import RowStepTime
+from planner.sim.steptime import RowStepTime, standard_normals
 
 
 def row(**coefficients: float) -> RowStepTime:
@@ -126,7 +126,10 @@ def test_a_fleet_run_repeats() -> None:
         rng = np.random.default_rng(11)
         step_time = row(prefill_us_per_token=50.0, decode_base_ms=8.0)
         config = EngineConfig(kv_blocks=2000)
-        fleet = [Engine(config, step_time, rng=child, noise_cv=0.1) for child in rng.spawn(3)]
+        fleet = [
+            Engine(config, step_time, normals=standard_normals(child), noise_cv=0.1)
+            for child in rng.spawn(3)
+        ]
         calls = fixed_trace(200, 0.02)
         run_fleet(fleet, calls, lambda engines: min(range(3), key=lambda i: engines[i].num_running))
         return [(call.first_token_s, call.finish_s) for call in calls]

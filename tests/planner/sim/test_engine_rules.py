@@ -24,7 +24,7 @@ from planner.sim.engine import (
     FirstToken,
     Preempted,
 )
-from planner.sim.steptime import RowStepTime
+from planner.sim.steptime import RowStepTime, standard_normals
 
 MS = 1e-3
 ROW = LatencyRow(
@@ -389,7 +389,8 @@ def test_noise_repeats_with_its_seed_and_keeps_the_mean() -> None:
     """The same generator gives the same times; noise of mean 1 moves the total little."""
 
     def finish_s(seed: int) -> float:
-        target = Engine(CONFIG, RowStepTime(ROW), rng=np.random.default_rng(seed), noise_cv=0.02)
+        normals = standard_normals(np.random.default_rng(seed))
+        target = Engine(CONFIG, RowStepTime(ROW), normals=normals, noise_cv=0.02)
         submit(target, one := call("a", 4, 390))
         target.advance(math.inf)
         assert one.finish_s is not None

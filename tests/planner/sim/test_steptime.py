@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from planner.domain.errors import InvalidInput
 from planner.domain.latency import LatencyRow
-from planner.sim.steptime import Batch, RowStepTime, TableStepTime
+from planner.sim.steptime import Batch, RowStepTime, TableStepTime, standard_normals
 
 ROW = LatencyRow(
     prefill_base_ms=8.0,
@@ -115,3 +116,10 @@ def test_bad_tables_are_named(profiles: Path) -> None:
     (profiles / "op_dense.csv").write_text("gpu,tp,layer,tokens,time_us\nG,1,x,one,2\n")
     with pytest.raises(InvalidInput, match="op_dense"):
         TableStepTime.from_profiles(profiles, "G")
+
+
+def test_normals_are_those_of_single_draws() -> None:
+    """Drawing many at once changes nothing, across the end of what is drawn together too."""
+    normals = standard_normals(np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    assert [next(normals) for _ in range(600)] == [rng.standard_normal() for _ in range(600)]
