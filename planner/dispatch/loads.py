@@ -360,10 +360,9 @@ class Loads:
         calls = state.in_flight
         stay = self._stay[state.index, :calls]
         turns, place = divmod(calls - slots, slots)
-        ordered = stay.copy()
-        ordered.sort()
-        steps: float = ordered.item(place)
-        return steps + turns * float(stay.sum()) / calls if turns else steps
+        ordered: list[float] = sorted(stay.tolist())
+        steps = ordered[place]
+        return steps + turns * float(np.add.reduce(stay)) / calls if turns else steps
 
     @property
     def imposed(self) -> Floats:
@@ -392,8 +391,8 @@ class Loads:
 
     def _sweep(self, now_s: float) -> None:
         self._due_s, self._asked = now_s + SWEEP_S, False
-        self.least_room_tokens = float(self.room_tokens.min())
-        width = int(self.in_flight.max())
+        self.least_room_tokens = float(np.minimum.reduce(self.room_tokens))
+        width = int(np.maximum.reduce(self.in_flight))
         if not width:
             return
         output = self._output[:, :width]

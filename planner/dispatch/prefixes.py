@@ -208,7 +208,10 @@ class PrefixIndex:
         KV cache of the endpoint in tokens; beyond it the least recently used items go.
     """
 
-    __slots__ = ("_bit", "_held", "_holders", "_items", "_open", "_uses", "capacity_tokens")
+    __slots__ = (
+        "_asked", "_bit", "_held", "_holders", "_items", "_matched", "_open", "_uses",
+        "capacity_tokens",
+    )  # fmt: skip
 
     def __init__(self, capacity_tokens: float) -> None:
         self.capacity_tokens = capacity_tokens
@@ -218,6 +221,9 @@ class PrefixIndex:
         self._uses: list[tuple[int, ...]] = []
         self._open = _USES
         self._held = 0.0
+        # A decision asks twice for the same prompt, and then notes that it was sent.
+        self._asked: Sequence[int] | None = None
+        self._matched = 0
         self._holders = Holders()
         self._bit = 1
 
@@ -230,6 +236,11 @@ class PrefixIndex:
 
     def match(self, prefix: Sequence[int]) -> int:
         """Return how many leading items of ``prefix`` are held."""
+        if prefix is not self._asked:
+            self._asked, self._matched = prefix, self._match(prefix)
+        return self._matched
+
+    def _match(self, prefix: Sequence[int]) -> int:
         items = self._items
         if not prefix or prefix[0] not in items:
             return 0
@@ -254,6 +265,7 @@ class PrefixIndex:
         anchors = _anchors(prefix)
         count, size, before = len(anchors), len(prefix), len(items)
         matched = self.match(prefix)
+        self._asked = None
         old = bisect_right(_DEPTHS, matched, hi=count)
         last, top = prefix[-1], _DEPTHS[count - 1]
         # What the last item of an earlier prompt stands for is handed on to the next one after it.
@@ -319,6 +331,7 @@ class PrefixIndex:
     def clear(self) -> None:
         """Forget everything (the endpoint restarted)."""
         self._holders.changed(self._bit)
+        self._asked = None
         for item, tokens in self._items.items():
             self._forget(item, tokens)
         self._items.clear()
@@ -334,6 +347,7 @@ class PrefixIndex:
     def restore(self, items: Iterable[tuple[int, float]]) -> None:
         """Take up what `newest` returned, in its order."""
         self._holders.changed(self._bit)
+        self._asked = None
         self._sort()
         for item, tokens in items:
             self._held += tokens - self._items.pop(item, 0.0)

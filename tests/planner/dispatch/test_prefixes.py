@@ -159,3 +159,22 @@ def test_what_was_used_again_outlives_what_was_not() -> None:
         index.record(prompt, 1.0)
     assert index.match(first) == index.match(third) == 100
     assert index.match(second) < 100
+
+
+def test_a_match_asked_for_again_is_the_present_one() -> None:
+    """An answer is not given twice where something was sent, forgotten or restored in between."""
+    index = PrefixIndex(150.0)
+    one, other = chain(("a", 100)), chain(("b", 140))
+    assert index.match(one) == index.match(()) == 0
+    index.record(one, 1.0)
+    assert index.match(one) == 100
+    assert index.match(()) == 0
+    index.record(other, 1.0)
+    assert index.match(one) < 100
+    index.record(one, 1.0)
+    kept = index.newest(1000)
+    assert index.match(one) == 100
+    index.clear()
+    assert index.match(one) == 0
+    index.restore(kept)
+    assert index.match(one) == 100
