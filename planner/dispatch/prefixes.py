@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from itertools import chain, takewhile
+from itertools import takewhile
 from operator import itemgetter
 from typing import TypeAlias
 
@@ -47,9 +47,6 @@ _TAIL = 32
 
 _NEWS = 64
 """Changes of an endpoint that are told apart."""
-
-_USES = 1024
-"""Uses of an endpoint's items whose order is left open, as long as nothing is forgotten."""
 
 _FORKS = 1024
 """Beginnings whose forks are kept."""
@@ -208,20 +205,13 @@ class PrefixIndex:
         KV cache of the endpoint in tokens; beyond it the least recently used items go.
     """
 
-    __slots__ = (
-        "_asked", "_bit", "_held", "_holders", "_items", "_matched", "_open", "_uses",
-        "capacity_tokens",
-    )  # fmt: skip
+    __slots__ = ("_asked", "_bit", "_held", "_holders", "_items", "_matched", "capacity_tokens")
 
     def __init__(self, capacity_tokens: float) -> None:
         self.capacity_tokens = capacity_tokens
-        # In order of use, but for the last uses: the order is of no interest until there is no more
-        # room, and to keep it takes as long as all else.
         self._items: OrderedDict[int, float] = OrderedDict()
-        self._uses: list[tuple[int, ...]] = []
-        self._open = _USES
         self._held = 0.0
-        # A decision asks twice for the same prompt, and then notes that it was sent.
+        # A decision asks for a prompt, and then notes that it was sent.
         self._asked: Sequence[int] | None = None
         self._matched = 0
         self._holders = Holders()
@@ -273,52 +263,38 @@ class PrefixIndex:
             earlier = prefix[matched - 1]
             self._held -= items[earlier]
             items[earlier] = 0.0
-        if size > top and last not in items:
+        if last in items:
+            items.move_to_end(last)
+        elif size > top:
             items[last] = (size - top) * item_tokens
             self._held += items[last]
             holders[last] = holders.get(last, 0) | bit
-        gap, tokens, held = 0, 0.0, self._held
+        gap, tokens = 0, 0.0
         for place in range(count - 1, old - 1, -1):
             between = _DEPTHS[place] - (_DEPTHS[place - 1] if place else 0)
             if between != gap:  # most are the same, and so is the number that is kept of them
                 gap, tokens = between, between * item_tokens
             anchor = anchors[place]
             # None of these is held, unless the chain was made up.
-            held += tokens - items.get(anchor, 0.0)
+            self._held += tokens - items.pop(anchor, 0.0)
             items[anchor] = tokens
             holders[anchor] = holders.get(anchor, 0) | bit
-        self._held = held
-        added = len(items) - before
-        if size > top:
-            self._uses.append((last,))
-        self._uses.append(anchors)
-        forgotten = self._shrink()
-        if len(self._uses) > self._open:
-            self._open = 0  # to sort so many takes milliseconds: once is enough
-            self._sort()
-        if forgotten or added not in (count - old, count - old + 1):
+        added, usual = len(items) - before, True
+        try:
+            deque(map(items.move_to_end, anchors[:old][::-1]), maxlen=0)
+        except KeyError:  # the chain was made up: not all of them are held
+            usual = False
+            held = filter(items.__contains__, anchors[:old][::-1])
+            deque(map(items.move_to_end, held), maxlen=0)
+        while self._held > self.capacity_tokens and items:
+            usual = False
+            self._forget(*items.popitem(last=False))
+        if not usual or added not in (count - old, count - old + 1):
             holders.changed(bit)
         elif old < count:
             holders.changed(bit, _DEPTHS[old], anchors[old])
         elif added:
             holders.changed(bit, size, last)
-
-    def _shrink(self) -> bool:
-        """Forget until all fits; return whether anything was forgotten."""
-        if self._held <= self.capacity_tokens:
-            return False
-        self._sort()
-        while self._held > self.capacity_tokens and self._items:
-            self._forget(*self._items.popitem(last=False))
-        return True
-
-    def _sort(self) -> None:
-        """Bring the items into the order of their use; of one prompt the first ones come last."""
-        used = dict.fromkeys(chain.from_iterable(reversed(self._uses)))
-        self._uses.clear()
-        # Chains that were made up have anchors that are not held.
-        held = filter(self._items.__contains__, reversed(used))
-        deque(map(self._items.move_to_end, held), maxlen=0)
 
     def _forget(self, item: int, tokens: float) -> None:
         self._held -= tokens
@@ -335,12 +311,10 @@ class PrefixIndex:
         for item, tokens in self._items.items():
             self._forget(item, tokens)
         self._items.clear()
-        self._uses.clear()
         self._held = 0.0
 
     def newest(self, most: int) -> list[tuple[int, float]]:
         """Return up to ``most`` items with their tokens, the least recently used first."""
-        self._sort()
         items = list(self._items.items())
         return items[max(0, len(items) - most) :]
 
@@ -348,12 +322,12 @@ class PrefixIndex:
         """Take up what `newest` returned, in its order."""
         self._holders.changed(self._bit)
         self._asked = None
-        self._sort()
         for item, tokens in items:
             self._held += tokens - self._items.pop(item, 0.0)
             self._items[item] = tokens
             self._holders[item] = self._holders.get(item, 0) | self._bit
-        self._shrink()
+        while self._held > self.capacity_tokens and self._items:
+            self._forget(*self._items.popitem(last=False))
 
     @property
     def held_tokens(self) -> float:

@@ -128,29 +128,6 @@ def test_changes_that_do_not_concern_a_prompt_leave_its_match_as_it_was(capacity
     assert concerned < looked or capacity < 1e9
 
 
-@pytest.mark.parametrize("capacity", [1e9, 150.0])
-@pytest.mark.parametrize("most_open", [0, 7])
-def test_the_order_of_use_is_the_same_whenever_it_is_made(
-    capacity: float, most_open: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Uses left open for long, or sorted one by one, leave the same items in the same order."""
-    rng = np.random.default_rng(7)
-    lazy = PrefixIndex(capacity)
-    monkeypatch.setattr("planner.dispatch.prefixes._USES", most_open)
-    eager = PrefixIndex(capacity)
-    prompts = [
-        chain(("system", int(rng.integers(1, 30))), (str(run), int(rng.integers(1, 90))))
-        for run in rng.integers(6, size=15)
-    ]
-    for step in range(400):
-        sent = prompts[rng.integers(15)]
-        for one in (lazy, eager):
-            one.record(sent[: 1 + step * 37 % len(sent)], 1.0)
-        if step % 90 == 89:
-            assert lazy.newest(10_000) == eager.newest(10_000)
-            assert lazy.held_tokens == eager.held_tokens
-
-
 def test_what_was_used_again_outlives_what_was_not() -> None:
     """Of three prompts the one not used since goes first, though it came second."""
     index = PrefixIndex(250.0)
