@@ -42,7 +42,7 @@ from planner.study.ablation import VARIANTS, VariedSetup
 from planner.study.clairvoyant import Clairvoyant, estimate
 from planner.study.entries import Entry, parse_entry
 from planner.study.loads import capacity_rps
-from planner.study.measure import CellResult, measure, standalone_s
+from planner.study.measure import CellResult, Texts, measure, standalone_s, texts_of
 from planner.study.settings import Setting, workload
 from planner.study.studies import Study
 
@@ -498,7 +498,8 @@ def _simulate(job: _Job) -> str:
     belady = job.setting.kv != "ample" and job.seed < TUNING_SEED
     with _no_collection():
         records = run_cell(cell, time.perf_counter)
-        result = measure(records, runs, alone, world.fleet, belady=belady)
+        texts = _texts(job.setting, job.seed, job.runs, job.data)
+        result = measure(records, runs, alone, world.fleet, belady=belady, texts=texts)
     document = {
         "schema": CODE_SCHEMA,
         "setting": job.setting.name,
@@ -525,6 +526,11 @@ def _no_collection() -> Iterator[None]:
 @lru_cache(maxsize=4)
 def _workload(setting: Setting, seed: int, runs: int, data: Path | None) -> tuple[RunSpec, ...]:
     return workload(setting, seed, runs, data=data)
+
+
+@lru_cache(maxsize=1)
+def _texts(setting: Setting, seed: int, runs: int, data: Path | None) -> Texts:
+    return texts_of(_workload(setting, seed, runs, data))
 
 
 @lru_cache(maxsize=8)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,19 +17,24 @@ from planner.domain.ids import EndpointId
 from planner.domain.run import RunSpec
 from planner.domain.trace import CallRecord, RunRecord, TraceRecord
 from planner.metrics import RunMetrics, summarise
-from planner.sim.belady import cost_ratios, leading
+from planner.sim.belady import cost_ratios
 from planner.sim.experiment import World, mean_latency_s
 from planner.sim.kernel import simulate
 
 __all__ = [
     "GOOD_SCALE",
     "CellResult",
+    "Texts",
     "endpoint_use",
     "jain_index",
     "measure",
     "refilled_tokens",
     "standalone_s",
+    "texts_of",
 ]
+
+Texts: TypeAlias = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Texts of calls as shared parts, see `texts_of`."""
 
 WARM_UP = 0.15
 """Share of the runs, the first to arrive, that is simulated and not counted: the fleet is empty
@@ -117,6 +124,7 @@ def measure(
     fleet: Fleet,
     *,
     belady: bool = False,
+    texts: Texts | None = None,
 ) -> CellResult:
     """Return the figures of a cell.
 
@@ -131,6 +139,8 @@ def measure(
     belady
         Whether to replay the cache under Belady's rule, which takes more than half as long as the
         simulation.
+    texts
+        `texts_of` the runs, for who knows it from another cell of the same runs.
     """
     skipped = {run.run_id for run in runs[: int(WARM_UP * len(runs))]}
     counted = [one for one in records if one.run_id not in skipped]
@@ -148,7 +158,7 @@ def measure(
         stretch_p95=float(np.percentile(stretches, 95)) if known else None,
         stretch_p99=float(np.percentile(stretches, 99)) if known else None,
         jain=jain_index(stretches) if known else None,
-        refilled_tokens=refilled_tokens(records, runs, skipped),
+        refilled_tokens=refilled_tokens(records, texts or texts_of(runs), skipped),
         goodput_rps=float(np.mean(good)) * (metrics.throughput_rps or 0.0) if known else None,
         kv_usage=kv_usage,
         busy_spread=busy_spread,
@@ -247,8 +257,40 @@ def _arriving(run: RunSpec, arrival_s: float) -> RunSpec:
     )
 
 
+def texts_of(runs: Iterable[RunSpec]) -> Texts:
+    """Return what each call reads and writes, by its name, as parts that others share or do not.
+
+    For each part its last block, and the blocks of the text up to there. Texts part at most once
+    per call, so a text of hundreds of blocks has a handful of parts, and who asks which of it was
+    seen before need not look at each block.
+    """
+    chains = {
+        f"{run.run_id}/{task.index}": task.chain
+        for run in runs
+        for task in run.tasks
+        if task.kind == "llm"
+    }
+    ends: dict[int, int] = {}
+    ordered = sorted(set(chains.values()))
+    for chain in ordered:
+        if chain:
+            ends[chain[-1]] = len(chain)
+    # In this order any two texts part where two neighbours between them do.
+    for one, other in pairwise(ordered):
+        same = bisect_left(
+            range(min(len(one), len(other))), True, key=lambda at: one[at] != other[at]
+        )
+        if same:
+            ends[one[same - 1]] = same
+    found: Texts = {}
+    for name, chain in chains.items():
+        blocks = tuple(filter(ends.__contains__, chain))
+        found[name] = blocks, tuple(ends[block] for block in blocks)
+    return found
+
+
 def refilled_tokens(
-    records: Iterable[TraceRecord], runs: Sequence[RunSpec], skipped: Iterable[str] = ()
+    records: Iterable[TraceRecord], texts: Texts, skipped: Iterable[str] = ()
 ) -> int:
     """Return the prompt tokens that an endpoint computed although it had computed them before.
 
@@ -256,22 +298,23 @@ def refilled_tokens(
     and no longer did: what a larger KV cache or another eviction order would have saved there.
     Calls of ``skipped`` runs are not counted, their text is.
     """
-    tasks = {f"{run.run_id}/{task.index}": task for run in runs for task in run.tasks}
     left_out = set(skipped)
     calls = [one for one in records if isinstance(one, CallRecord) and one.status == "ok"]
     calls.sort(key=lambda call: call.finish_s or 0.0)
     held: dict[str, set[int]] = {}
     refilled = 0
     for call in calls:
-        task = tasks[call.call_id.partition("#")[0]]
-        chain = task.chain
+        blocks, ends = texts[call.call_id.partition("#")[0]]
         seen = held.setdefault(call.prefill_endpoint or call.endpoint, set())
-        known = leading(chain, seen)
+        parts = 0
+        while parts < len(blocks) and blocks[parts] in seen:
+            parts += 1
+        known = ends[parts - 1] if parts else 0
         if call.run_id not in left_out:
             # The last prompt token is always computed.
             before = min(known, (call.prompt_tokens - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
             refilled += max(0, before - (call.cached_tokens or 0))
-        seen.update(chain[known:])
+        seen.update(blocks[parts:])
     return refilled
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from planner.cli.main import main
@@ -21,7 +22,7 @@ from planner.study import grid
 from planner.study.clairvoyant import Clairvoyant, critical_path_s, estimate
 from planner.study.entries import parse_entry
 from planner.study.grid import chosen_settings, run_clairvoyant, run_more, run_study
-from planner.study.measure import jain_index, measure, refilled_tokens, standalone_s
+from planner.study.measure import jain_index, measure, refilled_tokens, standalone_s, texts_of
 from planner.study.outcome import document, save_document, study_table
 from planner.study.settings import Setting, workload
 from planner.study.studies import STUDIES, Study
@@ -208,8 +209,29 @@ def test_refilled_tokens_by_hand() -> None:
         )  # fmt: skip
 
     records = [record(0, "a", 0), record(1, "b", 0), record(2, "a", 96), record(3, "a", 16)]
-    assert refilled_tokens(records, [run]) == 96 - 16
-    assert refilled_tokens(records, [run], {"r"}) == 0
+    texts = texts_of([run])
+    assert refilled_tokens(records, texts) == 96 - 16
+    assert refilled_tokens(records, texts, {"r"}) == 0
+
+
+def test_parts_of_texts_stand_for_all_of_their_blocks() -> None:
+    """What of a text was in any others is what of its parts was in theirs."""
+    runs = workload(Setting(mix="tree", load=0.5), 3, 6) + workload(Setting(load=0.5), 4, 12)
+    chains = {f"{run.run_id}/{task.index}": task.chain for run in runs for task in run.tasks}
+    texts = texts_of(runs)
+    rng = np.random.default_rng(0)
+    names = rng.permutation(sorted(texts)).tolist()
+    assert len(names) > 100
+    seen: set[int] = set()
+    seen_parts: set[int] = set()
+    for name in names:
+        blocks, ends = texts[name]
+        held = [end for block, end in zip(blocks, ends, strict=True) if block in seen_parts]
+        assert max(held, default=0) == sum(block in seen for block in chains[name])
+        assert held == list(ends[: len(held)])
+        assert ends[-1:] == (len(chains[name]),)
+        seen.update(chains[name])
+        seen_parts.update(blocks)
 
 
 def test_clairvoyant_search(tmp_path: Path) -> None:
