@@ -260,9 +260,9 @@ def _arriving(run: RunSpec, arrival_s: float) -> RunSpec:
 def texts_of(runs: Iterable[RunSpec]) -> Texts:
     """Return what each call reads and writes, by its name, as parts that others share or do not.
 
-    For each part its last block, and the blocks of the text up to there. Texts part at most once
-    per call, so a text of hundreds of blocks has a handful of parts, and who asks which of it was
-    seen before need not look at each block.
+    For each part its last block, and the number of blocks of the text up to there, rising. A text
+    of hundreds of blocks has a handful of parts, and who asks how much of it was seen before need
+    not look at each block.
     """
     chains = {
         f"{run.run_id}/{task.index}": task.chain
@@ -296,7 +296,8 @@ def refilled_tokens(
 
     A block counts if the endpoint once held its whole prefix, from a prompt or from an answer,
     and no longer did: what a larger KV cache or another eviction order would have saved there.
-    Calls of ``skipped`` runs are not counted, their text is.
+    Calls of ``skipped`` runs are not counted, their text is. ``texts`` is what `texts_of` says of
+    the runs.
     """
     left_out = set(skipped)
     calls = [one for one in records if isinstance(one, CallRecord) and one.status == "ok"]
