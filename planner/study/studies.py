@@ -155,21 +155,26 @@ def _agentir() -> tuple[tuple[Setting, ...], tuple[Claim, ...]]:
         ("prefix_affinity", -0.205, 0.265),
     )
     claims = []
-    for setting in closed:
+    for setting in (*closed, *opened):
         of = Side(setting=setting, policy="almanac")
+        unit = "clients a slot" if setting.arrivals == "closed" else "of capacity"
+        name = f"almanac, {setting.fleet}, {setting.load:g} {unit}"
         for rival, mean, throughput in published:
             against = (Side(setting=setting, policy=rival),)
             source = f"AgentIR: {mean:+.1%} mean, {throughput:+.1%} throughput"
-            name = f"almanac, {setting.fleet}, {setting.load:g} clients a slot"
-            claims += [
-                Claim(name=name, metric="mean_s", of=of, against=against, high=mean, source=source),
-                Claim(
-                    name=name, metric="throughput_rps", of=of, against=against, low=throughput,
-                    source=source,
-                ),
+            claims.append(
+                Claim(name=name, metric="mean_s", of=of, against=against, high=mean, source=source)
+            )
+            # In an open loop the arrivals set the throughput, not the policy.
+            if setting.arrivals == "closed":
+                claims.append(
+                    Claim(name=name, metric="throughput_rps", of=of, against=against,
+                          low=throughput, source=source)
+                )  # fmt: skip
+            claims.append(
                 Claim(name=name, metric="p95_s", of=of, against=against, high=0.0,
-                      source="not published"),
-            ]  # fmt: skip
+                      source="not published")
+            )  # fmt: skip
     return (*closed, *opened), tuple(claims)
 
 
