@@ -162,19 +162,15 @@ def _agentir() -> tuple[tuple[Setting, ...], tuple[Claim, ...]]:
         for rival, mean, throughput in published:
             against = (Side(setting=setting, policy=rival),)
             source = f"AgentIR: {mean:+.1%} mean, {throughput:+.1%} throughput"
-            claims.append(
-                Claim(name=name, metric="mean_s", of=of, against=against, high=mean, source=source)
-            )
-            # In an open loop the arrivals set the throughput, not the policy.
-            if setting.arrivals == "closed":
-                claims.append(
-                    Claim(name=name, metric="throughput_rps", of=of, against=against,
-                          low=throughput, source=source)
-                )  # fmt: skip
-            claims.append(
+            claims += [
+                Claim(name=name, metric="mean_s", of=of, against=against, high=mean, source=source),
+                Claim(
+                    name=name, metric="throughput_rps", of=of, against=against, low=throughput,
+                    source=source,
+                ),
                 Claim(name=name, metric="p95_s", of=of, against=against, high=0.0,
-                      source="not published")
-            )  # fmt: skip
+                      source="not published"),
+            ]  # fmt: skip
     return (*closed, *opened), tuple(claims)
 
 
